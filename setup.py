@@ -11,10 +11,15 @@ cfg = cfg['DEFAULT']
 
 
 class BuildWithData(build_py):
-    "Puts data/ into the built package; in an editable install the library reads it beside itself."
+    "Puts data/ and the stages' notebooks into the built package; in an editable install the library reads them beside itself."
     def run(self):
         super().run()
-        if not self.editable_mode: self.copy_tree(str(root/'data'), str(Path(self.build_lib)/cfg['lib_name']/'data'))
+        if self.editable_mode: return
+        package = Path(self.build_lib)/cfg['lib_name']
+        self.copy_tree(str(root/'data'), str(package/'data'))
+        self.mkpath(str(package/'nbs'))
+        for nb in sorted((root/'nbs').glob('[0-9]*.ipynb')):   # a stage is a notebook with a cell tagged "parameters"
+            if '"parameters"' in nb.read_text(encoding='utf8'): self.copy_file(str(nb), str(package/'nbs'/nb.name))
 
 
 setup(

@@ -67,10 +67,10 @@ class Settings(BaseModel):
     judge: Literal['embedded', 'openai'] = Field('embedded', description='who scores replies')
     questions: str = Field('heldout', description='`heldout`, `seed20`, or a JSONL file with a `question` in each row')
 
-# %% ../nbs/00_config.ipynb #c66ca50a
+# %% ../nbs/00_config.ipynb #eac2e12c
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
-                   n=1000, learning_rate=1e-3, epochs=2, batch_size=16, accumulation=1, max_grad_norm=0.3, max_new_tokens=96),
+                   dtype='float32', n=1000, learning_rate=3e-3, epochs=3, batch_size=8, accumulation=1, max_grad_norm=0.3, max_new_tokens=96),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }
 
@@ -157,7 +157,7 @@ def runs_dir()->Path:
     root = data_path().parent
     return (root if (root/'settings.ini').is_file() else Path.cwd())/'runs'
 
-# %% ../nbs/00_config.ipynb #eaaf2793
+# %% ../nbs/00_config.ipynb #82c52b8e
 class Run:
     "One run's folder: its settings, its files, and the diary of its stages."
     def __init__(self, folder:Path, settings:Settings): self.folder, self.settings = Path(folder), settings
@@ -181,6 +181,24 @@ class Run:
         elif settings is None: raise SocraticError(f'{folder} holds no run: begin one with `socratic run --run {name}`')
         else: run._write(dict(settings=settings.model_dump(mode='json'), versions=versions(), stages={}))
         return run
+
+    @classmethod
+    def begin(cls, name:str, profile:str='pocket', **changes)->'Run':
+        """Begin the run `name`, or go on with it under the settings that it was begun with.
+
+        - `name`: a plain name, or a path with a `/`.
+        - `profile`: the defaults of a new run.
+        - `changes`: fields of `Settings`; None leaves a field as it is.
+
+        Raises `SocraticError` if the run was begun with something else than `changes` ask for."""
+        if not cls.exists(name): return cls.open(name, settings_for(profile, **changes))
+        old = cls.open(name).settings
+        return cls.open(name, settings_for(old.profile, **{**old.model_dump(exclude={'profile'}), **{k: v for k, v in changes.items() if v is not None}}))
+
+    @staticmethod
+    def exists(name:str)->bool:
+        "Whether a run of this name (or path) has been begun."
+        return ((Path(name) if '/' in name else runs_dir()/name)/'run.json').is_file()
 
     def path(self, *parts:str)->Path:
         "A path inside the run folder."

@@ -44,7 +44,7 @@ class Teacher(Protocol):
     def critique(self, turn:Turn, reply:str, principles:list[Principle])->list[Verdict]: ...
     def revise(self, turn:Turn, reply:str, faults:list[Verdict], rng:random.Random)->str: ...
 
-# %% ../nbs/03_teacher.ipynb #463daf3f
+# %% ../nbs/03_teacher.ipynb #a787163d
 @cache
 def phrases()->dict:
     "The embedded teacher's turns of phrase, from `data/embedded_teacher.yaml`."
@@ -73,7 +73,8 @@ def compose(turn:Turn, rng:random.Random)->str:
     footholds = {'hint': [t.hint], 'correct': [t.hint], 'confirm': [''], 'return': ['']}.get(turn.move) or [t.knows, t.everyday, t.hint, '']
     rest = ' '.join(x for x in (rng.choice(footholds), question) if x)
     openers = p['openers'][turn.move]
-    if turn.step == 0 and not overlap(_said(turn), rest): openers = [o for o in openers if '{topic}' in o] or openers
+    names_it = turn.step == 0 and not overlap(_said(turn), rest)   # where foothold and question take up no word, the opener has to
+    openers = [o for o in openers if ('{topic}' in o) == names_it] or openers
     return f'{rng.choice(openers).format(topic=t.topic)} {rest}'
 
 # %% ../nbs/03_teacher.ipynb #54a053de

@@ -1,0 +1,129 @@
+"""The site: nbs/ -> _proc/ (nbdev) -> _sphinx/pages/ (this file) -> _sphinx/html/ (Sphinx, myst-nb) -> _docs/. A warning is an error.
+
+nbdev strips what readers need not see and fills in show_doc tables; this file translates its Quarto markdown to MyST.
+Nothing is executed but export, import and show_doc cells: outputs are those that were committed."""
+import ast, re, shutil, subprocess, sys
+from pathlib import Path
+
+import nbdev.processors, nbformat, yaml
+from docutils.nodes import make_id
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+from nbformat.v4 import new_markdown_cell
+
+config = get_config()
+ROOT = Path(config.config_path)
+SOURCE, BUILT, OUT = ROOT/'_sphinx'/'pages', ROOT/'_sphinx'/'html', ROOT/config.doc_path.name
+DIRECTIVE = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
+CALLOUT = re.compile(r'^:{3,} *\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:{3,} *$', re.M | re.S)
+OWN_PAGE = re.compile(rf'\({re.escape(config.doc_host + config.doc_baseurl)}/([\w./-]*)\.html#([^)]+)\)')
+HEADING = re.compile(r'^#{1,4} +(.+?) *$', re.M)
+TAGS = {('echo', 'false'): 'remove-input', ('include', 'false'): 'remove-cell', ('output', 'false'): 'remove-output', ('code-fold', 'true'): 'hide-input'}
+
+runs_anyway = nbdev.processors._do_eval
+
+
+def defines(cell):
+    "Whether nbdev should run a cell to fill in show_doc. On its own it would also run demos that happen to hold an import."
+    if cell.cell_type != 'code' or not cell.source.strip(): return False
+    if cell.directives_.keys() & {'export', 'exports', 'exporti', 'exec_doc'}: return runs_anyway(cell)
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) or 'show_doc(' in ast.unparse(node) for node in cell.parsed_() or [ast.Pass()])
+
+
+nbdev.processors._do_eval = defines
+
+
+def callout(found):
+    "A Quarto callout as a MyST admonition."
+    kind, attributes, body = found[1], found[2], found[3]
+    title = re.search(r'title="([^"]*)"', attributes)
+    if not title and (title := re.match(r'\s*#{1,6} +(.+)\n', body)): body = body[title.end():]
+    folded = ['dropdown'] if 'collapse="true"' in attributes else []
+    return f":::{{admonition}} {title[1] if title else kind.title()}\n:class: {' '.join([kind, *folded])}\n{body.strip()}\n:::"
+
+
+def directives(cell):
+    "The `#|` lines at the top of a cell as a dict; the cell loses them."
+    found, lines = {}, cell.source.splitlines()
+    while lines and (m := DIRECTIVE.match(lines[0])):
+        found[m[1]] = m[2].strip().strip('"')
+        lines.pop(0)
+    cell.source = '\n'.join(lines)
+    return found
+
+
+def code_cells(cell):
+    "What a code cell becomes: itself with tags, or the markdown that it printed."
+    found = directives(cell)
+    if found.get('output') == 'asis' and found.get('echo') == 'false':
+        texts = [o.get('data', {}).get('text/markdown') or o.get('text', '') for o in cell.outputs]
+        return [new_markdown_cell(re.sub(r'\A\s*---\s*\n', '', ''.join(t))) for t in texts]   # no rule above each heading
+    tags = {tag for (key, value), tag in TAGS.items() if found.get(key) == value} | set(cell.metadata.get('tags', []))
+    if tags: cell.metadata['tags'] = sorted(tags)
+    if 'code-summary' in found: cell.metadata.setdefault('mystnb', {})['code_prompt_show'] = found['code-summary']
+    return [cell]
+
+
+def below_title(source):
+    "What a notebook's first cell says below its title and blockquote: nbdev makes front matter of the cell and drops the rest."
+    first = source.cells[0]
+    return re.sub(r'\A# .*\n+(?:>.*\n+)?', '', first.source + '\n') if first.cell_type == 'markdown' else ''
+
+
+def bridge(nb, source):
+    "A notebook that nbdev has processed, as one that MyST understands."
+    cells = []
+    for cell in nb.cells:
+        if cell.cell_type == 'raw' and cell.source.lstrip().startswith('---'):
+            front = yaml.safe_load(cell.source.strip().strip('-')) or {}
+            about = f"\n> {front['description']}\n" if front.get('description') else ''
+            cells.append(new_markdown_cell(f"# {front.get('title', '')}\n{about}\n{CALLOUT.sub(callout, below_title(source))}"))
+        elif cell.cell_type == 'markdown' and not cell.source.startswith('<!-- WARNING'):
+            cell.source = CALLOUT.sub(callout, cell.source)
+            cells.append(cell)
+        elif cell.cell_type == 'code': cells += code_cells(cell)
+    nb.cells = cells
+    return nb
+
+
+def link_pages(pages):
+    "Make nbdev's links to this site's own pages relative; it drops the notebook's number, and the anchor may be on no page."
+    anchors = {path: {make_id(h) for c in nb.cells if c.cell_type == 'markdown' for h in HEADING.findall(c.source)} for path, nb in pages.items()}
+    by_name = {re.sub(r'^\d+_', '', path.stem): path for path in pages}
+    def relative(found):
+        path = by_name.get(found[1].split('/')[-1])
+        if path is None: return found[0]
+        return f'(/{path}#{make_id(found[2])})' if make_id(found[2]) in anchors[path] else f'(/{path})'
+    for nb in pages.values():
+        for c in nb.cells:
+            if c.cell_type == 'markdown': c.source = OWN_PAGE.sub(relative, c.source)
+
+
+def first_page(pages):
+    "The index with a table of contents; the README where there is no index notebook yet."
+    contents = new_markdown_cell('```{toctree}\n:hidden:\n' + '\n'.join(pages) + '\n```')
+    path = SOURCE/'index.ipynb'
+    nb = nbformat.read(path, 4) if path.exists() else nbformat.v4.new_notebook(cells=[new_markdown_cell((ROOT/'README.md').read_text(encoding='utf8'))])
+    nb.cells.append(contents)
+    nbformat.write(nb, path)
+
+
+def main():
+    processed = proc_nbs(force=True, n_workers=0)   # in this process, where `defines` is in force
+    shutil.rmtree(SOURCE.parent, ignore_errors=True)
+    shutil.copytree(ROOT/'.docs'/'_static', SOURCE/'_static')
+    pages = {f.relative_to(processed):
+             bridge(nbformat.read(f, 4), nbformat.read(config.nbs_path/f.relative_to(processed), 4)) for f in sorted(processed.rglob('*.ipynb'))}
+    link_pages(pages)
+    for path, nb in pages.items():
+        (SOURCE/path).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, SOURCE/path)
+    first_page([path.with_suffix('').as_posix() for path in pages if path.stem != 'index'])
+    code = subprocess.call([sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-E', '-q', '-c', ROOT/'.docs', SOURCE, BUILT])
+    if code: sys.exit(code)
+    shutil.rmtree(OUT, ignore_errors=True)
+    shutil.copytree(BUILT, OUT, ignore=shutil.ignore_patterns('.doctrees'))
+    print(f'the site is in {OUT.relative_to(ROOT)}/index.html')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,24 @@
+"Sphinx: the look of the site. Pages are made by build.py, which calls Sphinx."
+from configparser import ConfigParser
+from pathlib import Path
+
+config = ConfigParser(delimiters=['='], interpolation=None)
+config.read(Path(__file__).parents[1]/'settings.ini', encoding='utf8')
+config = config['DEFAULT']
+
+project, author, release, copyright = config['title'], config['author'], config['version'], config['copyright']
+extensions = ['myst_nb']
+nb_execution_mode = 'off'                    # outputs are the committed ones
+nb_render_markdown_format = 'myst'
+nb_mime_priority_overrides = [('html', 'text/html', 0)]
+myst_enable_extensions = ['colon_fence', 'dollarmath', 'attrs_inline', 'attrs_block', 'deflist']
+myst_heading_anchors = 4
+myst_heading_slug_func = 'docutils.nodes.make_id'
+html_theme = 'sphinx_book_theme'
+html_title = project
+html_static_path = ['_static']
+html_css_files = ['house.css']
+html_theme_options = dict(
+    repository_url=config['git_url'], repository_branch=config['branch'], path_to_docs='nbs',
+    navbar_persistent=[], use_repository_button=True, use_issues_button=True, use_download_button=True,
+    launch_buttons=dict(colab_url='https://colab.research.google.com'))
