@@ -130,7 +130,7 @@ def fit_messages(tutor, messages:list[dict], room:int)->tuple[list[dict], int]:
         said, dropped = said[2:], dropped + 1
     return system + said, dropped
 
-# %% ../nbs/08_chat.ipynb #e8862ce0
+# %% ../nbs/08_chat.ipynb #541a65b1
 def in_words(error:Exception)->str:
     "An error as a sentence for the reader."
     return str(error) if isinstance(error, SocraticError) else f'The model failed ({type(error).__name__}: {error}). Try again, or restart the chat.'
@@ -150,7 +150,8 @@ def speak(conversation:Conversation, tutor, arm:str, stop:threading.Event|None=N
     try:
         room = sampling.get('max_new_tokens') or getattr(getattr(tutor, 'settings', None), 'max_new_tokens', 128)
         answer.prompt, dropped = fit_messages(tutor, conversation.messages(arm), room)
-        if dropped: answer.note = f"The conversation is longer than the model can read: its oldest {'turn was' if dropped == 1 else f'{dropped} turns were'} left out."
+        which = 'turn was' if dropped == 1 else f'{dropped} turns were'
+        if dropped: answer.note = f'The conversation is longer than the model can read: its oldest {which} left out.'
         answer.status = 'streaming'
         changed(answer)
         pieces = tutor.stream(answer.prompt, arm=arm, stop=stop, **sampling)
@@ -207,7 +208,7 @@ def render_text(text:str)->str:
         else: out += [_block([l.strip() for l in b.split('\n') if l.strip()]) for b in re.split(r'\n\s*\n', part) if b.strip()]
     return ''.join(out)
 
-# %% ../nbs/08_chat.ipynb #7c288dd0
+# %% ../nbs/08_chat.ipynb #057b5697
 def training_rows(conversation:Conversation, arms:tuple|None=None)->list[dict]:
     """A conversation in the training set's format, a row for each finished reply.
 
@@ -220,7 +221,8 @@ def training_rows(conversation:Conversation, arms:tuple|None=None)->list[dict]:
         for arm, a in e.answers.items():
             if a.status == 'done' and a.text.strip() and (arms is None or arm in arms):
                 rows.append(dict(system=conversation.system, user=e.user, assistant=a.text,
-                                 messages=conversation.messages(arm, i) + [dict(role='assistant', content=a.text)], arm=arm, conversation=conversation.name))
+                                 messages=conversation.messages(arm, i) + [dict(role='assistant', content=a.text)],
+                                 arm=arm, conversation=conversation.name))
     return rows
 
 def as_markdown(conversation:Conversation)->str:
@@ -233,7 +235,8 @@ def as_markdown(conversation:Conversation)->str:
     for e in conversation.exchanges:
         lines += ['**Student**', '', quote(e.user), '']
         for arm, a in e.answers.items():
-            notes = '; '.join(filter(None, [a.status if a.status != 'done' else '', html.escape(a.note, quote=False), *(f'{k} {v}' for k, v in scores_in_words(a))]))
+            notes = [a.status if a.status != 'done' else '', html.escape(a.note, quote=False), *(f'{k} {v}' for k, v in scores_in_words(a))]
+            notes = '; '.join(filter(None, notes))
             lines += [f'**{arm.title()}**' + (f' ({notes})' if notes else ''), '', quote(a.text), '']
     return '\n'.join(lines)
 
@@ -242,7 +245,7 @@ def scores_in_words(answer:Answer)->list[tuple[str, str]]:
     if answer.scores.get('error'): return [('judge', 'could not say')]
     return [(k, '–' if answer.scores[k] is None else f'{answer.scores[k]:.2f}') for k in ('socratic', 'helpful') if k in answer.scores]
 
-# %% ../nbs/08_chat.ipynb #73bc7141
+# %% ../nbs/08_chat.ipynb #553bdc35
 def preference_pairs(conversation:Conversation)->list[dict]:
     """The pairs that thumbs have made, in TRL's conversational preference format.
 
@@ -255,7 +258,8 @@ def preference_pairs(conversation:Conversation)->list[dict]:
         for a in rated:
             for b in rated:
                 if a.thumb > b.thumb and a.prompt == b.prompt and a.text != b.text:
-                    pairs.append(dict(prompt=a.prompt, chosen=reply(a), rejected=reply(b), chosen_arm=a.arm, rejected_arm=b.arm, conversation=conversation.name))
+                    pairs.append(dict(prompt=a.prompt, chosen=reply(a), rejected=reply(b), chosen_arm=a.arm, rejected_arm=b.arm,
+                                      conversation=conversation.name))
     return pairs
 
 def save_pairs(conversation:Conversation, path:str|Path)->int:
@@ -272,10 +276,11 @@ def save_pairs(conversation:Conversation, path:str|Path)->int:
     write_jsonl(path, [r for r in others if r.get('conversation') != conversation.name] + pairs)
     return len(pairs)
 
-# %% ../nbs/08_chat.ipynb #fe335d54
+# %% ../nbs/08_chat.ipynb #447e8b4f
 def _details(answer):
     timing = [f'first token {answer.first:.2f} s'] if answer.first is not None else []
-    return timing + ([f'{answer.rate:.0f} tokens/s'] if answer.rate and answer.status == 'done' else []) + ([answer.status] if answer.status == 'stopped' else [])
+    if answer.rate and answer.status == 'done': timing.append(f'{answer.rate:.0f} tokens/s')
+    return timing + (['stopped'] if answer.status == 'stopped' else [])
 
 def transcript_html(conversation:Conversation, timing:bool=True)->str:
     """A conversation as a static HTML table, sides side by side, without script or style sheet.
@@ -292,7 +297,8 @@ def transcript_html(conversation:Conversation, timing:bool=True)->str:
             a = e.answers.get(arm)
             if a is None: rows.append('<td></td>')
             else:
-                small = (_details(a) if timing else []) + [f'{k} {v}' for k, v in scores_in_words(a)] + ([html.escape(visible(a.note))] if a.note else [])
+                small = (_details(a) if timing else []) + [f'{k} {v}' for k, v in scores_in_words(a)]
+                small += [html.escape(visible(a.note))] if a.note else []
                 rows.append(f"<td {cell}>{render_text(a.text)}<small>{' · '.join(small)}</small></td>")
         rows.append('</tr>')
     return f'<table class="tex2jax_ignore mathjax_ignore" style="width:100%;table-layout:fixed">{"".join(rows)}</table>'
@@ -340,7 +346,7 @@ class OneAtATime:
         if self._thread is not None and self._thread is not threading.current_thread(): self._thread.join(seconds)
         return not self.busy
 
-# %% ../nbs/08_chat.ipynb #a080e5fe
+# %% ../nbs/08_chat.ipynb #9bb65a1a
 class Chat(OneAtATime):
     """A conversation with a tutor, answered in the background.
 
@@ -351,7 +357,7 @@ class Chat(OneAtATime):
     - `system`: system prompt; None takes the tutor's.
     - `sampling`: how replies are drawn, see `speak`.
 
-    `begun(exchange)` is called before the thread starts, `changed(exchange, arm)` and `ended(exchange)` from within it: set them to show what happens."""
+    `begun(exchange)` is called before the thread starts, `changed(exchange, arm)` and `ended(exchange)` from it: set them to show what happens."""
     def __init__(self, tutor, arms:tuple|None=None, judge=None, bank:TopicBank|None=None, system:str|None=None, **sampling):
         super().__init__()
         self.tutor, self.judge, self.bank, self.sampling = tutor, judge, bank, sampling
@@ -412,7 +418,7 @@ def score_all(chat:Chat, exchange:Exchange)->None:
         except Exception as e: a.scores = dict(error=in_words(e))
         chat.changed(exchange, arm)
 
-# %% ../nbs/08_chat.ipynb #3a48e85a
+# %% ../nbs/08_chat.ipynb #0ef37f31
 class Endpoint:
     """A tutor behind an OpenAI-compatible server.
 
@@ -428,7 +434,7 @@ class Endpoint:
     def stream(self, messages:list[dict], arm:str='tuned', stop:threading.Event|None=None, **sampling):
         "Pieces of the reply as the server sends them. Raises `SocraticError` if it cannot be reached or refuses."
         from openai import OpenAIError
-        said = dict(max_tokens=sampling.get('max_new_tokens'), temperature=sampling.get('temperature'), top_p=sampling.get('top_p'), seed=sampling.get('seed'))
+        said = {'max_tokens': sampling.get('max_new_tokens'), **{k: sampling.get(k) for k in ('temperature', 'top_p', 'seed')}}
         try:
             with self.client.chat.completions.create(model=self.model, messages=messages, stream=True,
                                                      **{k: v for k, v in said.items() if v is not None}) as pieces:
@@ -451,9 +457,10 @@ class Sides:
         side = self.side[arm]
         return side.stream(messages, arm=arm if arm in side.arms else side.arms[0], stop=stop, **sampling)
 
-# %% ../nbs/08_chat.ipynb #f390a371
+# %% ../nbs/08_chat.ipynb #e12d7a65
 STYLE = """<style>
-.sf-chat{--ink:var(--jp-ui-font-color1,var(--vscode-foreground,CanvasText));--faint:var(--jp-ui-font-color2,var(--vscode-descriptionForeground,GrayText));
+.sf-chat{--ink:var(--jp-ui-font-color1,var(--vscode-foreground,CanvasText));
+ --faint:var(--jp-ui-font-color2,var(--vscode-descriptionForeground,GrayText));
  --page:var(--jp-layout-color1,var(--vscode-editor-background,Canvas));--soft:var(--jp-layout-color2,rgba(127,127,127,.14));
  --line:var(--jp-border-color2,rgba(127,127,127,.4));--mark:var(--jp-brand-color1,#1976d2);
  color:var(--ink);background:var(--page);font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:14px;max-width:1100px;padding:4px 8px;
@@ -466,11 +473,14 @@ body[data-voila] .sf-chat{margin:0 auto!important}
 .sf-title{font-size:17px;font-weight:600}
 .sf-top .widget-toggle-buttons{width:auto}.sf-top .widget-toggle-button{width:auto;padding:0 12px}
 .sf-chips{flex-wrap:wrap;gap:6px;padding:2px 0 8px}
-.sf-chat button.sf-chip{width:auto;max-width:100%;height:auto;min-height:30px;margin:0;padding:4px 12px;border:1px solid var(--line);border-radius:15px;
- background:transparent;color:var(--ink);font-size:13px;line-height:1.4;white-space:normal;overflow-wrap:anywhere;text-overflow:clip;text-align:left;box-shadow:none}
+.sf-chat button.sf-chip{width:auto;max-width:100%;height:auto;min-height:30px;margin:0;padding:4px 12px;border:1px solid var(--line);
+ border-radius:15px;
+ background:transparent;color:var(--ink);font-size:13px;line-height:1.4;white-space:normal;overflow-wrap:anywhere;text-overflow:clip;
+ text-align:left;box-shadow:none}
 .sf-chat button.sf-chip:hover{background:var(--soft)}
 .sf-chat button.sf-more{border-style:dashed;color:var(--faint)}
-.sf-log.widget-vbox{flex-direction:column-reverse;overflow:auto!important;max-height:min(62vh,640px);border:1px solid var(--line);border-radius:10px;padding:10px}
+.sf-log.widget-vbox{flex-direction:column-reverse;overflow:auto!important;max-height:min(62vh,640px);border:1px solid var(--line);
+ border-radius:10px;padding:10px}
 .sf-log>.widget-vbox{flex:0 0 auto;gap:14px}
 .sf-empty{color:var(--faint);padding:18px 6px;text-align:center}
 .sf-you{margin-left:auto;width:fit-content;max-width:85%;background:var(--soft);border-radius:14px 14px 4px 14px;padding:6px 14px}
@@ -487,27 +497,35 @@ body[data-voila] .sf-chat{margin:0 auto!important}
 .sf-head{display:flex;flex-wrap:wrap;gap:2px 10px;align-items:baseline;font-size:12px;color:var(--faint)}
 .sf-head b{font-size:13px;color:var(--ink)}.sf-head .sf-pace{flex-basis:100%}.sf-headrow{align-items:flex-start!important}
 .sf-badge{border:1px solid var(--line);border-radius:9px;padding:0 8px;white-space:nowrap}
-.sf-chat button.sf-thumb{width:30px;min-width:30px;height:26px;line-height:24px;padding:0;margin:0;background:transparent;border:1px solid transparent;border-radius:6px;
+.sf-chat button.sf-thumb{width:30px;min-width:30px;height:26px;line-height:24px;padding:0;margin:0;background:transparent;
+ border:1px solid transparent;border-radius:6px;
  opacity:.55;filter:grayscale(1);box-shadow:none;color:var(--ink)}
 .sf-chat button.sf-thumb:hover{opacity:1}.sf-chat button.sf-thumb.mod-active{opacity:1;filter:none;border-color:var(--mark);background:var(--soft)}
 .sf-note{font-size:12.5px;color:var(--faint);margin-top:4px}.sf-error{color:var(--jp-error-color1,#c62828)}
 .sf-compose{gap:6px;align-items:center;padding-top:8px;flex-wrap:wrap}
-.sf-chat .sf-text{flex:1 1 140px;width:auto;min-width:0;height:40px;margin:0}.sf-text .widget-label{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
-.sf-chat .sf-text input{height:40px;min-width:0;width:100%;font-size:15px;border-radius:10px;padding:0 14px;color:var(--ink);background:var(--page);border:1px solid var(--line)}
+.sf-chat .sf-text{flex:1 1 140px;width:auto;min-width:0;height:40px;margin:0}
+.sf-text .widget-label{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.sf-chat .sf-text input{height:40px;min-width:0;width:100%;font-size:15px;border-radius:10px;padding:0 14px;color:var(--ink);background:var(--page);
+ border:1px solid var(--line)}
 .sf-chat .sf-compose button{flex:0 0 auto;height:40px;line-height:40px;width:auto;min-width:76px;margin:0;border-radius:10px;font-size:14px}
 .sf-actions{flex-wrap:wrap;gap:4px 6px;padding-top:6px}
-.sf-chat .sf-actions button{width:auto;height:28px;line-height:26px;margin:0;padding:0 10px;background:transparent;border:1px solid var(--line);border-radius:6px;
+.sf-chat .sf-actions button{width:auto;height:28px;line-height:26px;margin:0;padding:0 10px;background:transparent;border:1px solid var(--line);
+ border-radius:6px;
  color:var(--ink);box-shadow:none;font-size:13px}
 .sf-chat .sf-actions button:hover:enabled{background:var(--soft)}
 .sf-chat button:disabled{opacity:.45;cursor:default}
-.sf-chat button:focus-visible,.sf-chat input:focus-visible,.sf-chat textarea:focus-visible,.sf-chat [tabindex]:focus-visible{outline:2px solid var(--mark);outline-offset:1px}
+
+.sf-chat button:focus-visible,.sf-chat input:focus-visible,.sf-chat textarea:focus-visible,
+.sf-chat [tabindex]:focus-visible{outline:2px solid var(--mark);outline-offset:1px}
 .sf-status{font-size:13px;color:var(--faint);min-height:1.5em;padding-top:6px;overflow-wrap:anywhere}
 .sf-status a{color:var(--mark)}
-.sf-busy::before{content:"";display:inline-block;width:8px;height:8px;border-radius:50%;background:var(--mark);margin-right:8px;animation:sf-beat 1s infinite alternate}
+.sf-busy::before{content:"";display:inline-block;width:8px;height:8px;border-radius:50%;background:var(--mark);margin-right:8px;
+ animation:sf-beat 1s infinite alternate}
 @keyframes sf-beat{to{opacity:.15}}
 @media (prefers-reduced-motion:reduce){.sf-busy::before{animation:none}}
 .sf-hidden{position:absolute!important;width:1px;height:1px;overflow:hidden!important;clip-path:inset(50%)}
-.sf-fold{margin-top:6px!important}.sf-fold .jupyter-widget-Collapse-header{background:transparent;color:var(--ink);border:0;padding:4px 0;font-size:13px}
+.sf-fold{margin-top:6px!important}.sf-fold .jupyter-widget-Collapse-header{background:transparent;color:var(--ink);border:0;padding:4px 0;
+ font-size:13px}
 .sf-fold .jupyter-widget-Collapse-contents{background:transparent;color:var(--ink);border:0;padding:4px 0}
 .sf-form{gap:4px}.sf-form>*{width:min(100%,520px)!important}
 @container (max-width:520px){.sf-pane.widget-vbox{flex-basis:100%}.sf-you{max-width:96%}.sf-chat .sf-compose button{min-width:60px;padding:0 8px}}
@@ -592,7 +610,7 @@ def known_questions(bank:TopicBank, n:int=4, seed:int=0)->list[tuple[str, bool]]
             picked.append((rng.choice([q.text for q in t.questions if q.kind in ('explain', 'what') and q not in reserved_questions(t)]), held_out))
     return picked
 
-# %% ../nbs/08_chat.ipynb #55d629d3
+# %% ../nbs/08_chat.ipynb #3670c6bf
 def sampling_form(chat:Chat):
     """The controls for how replies are drawn, and for the system prompt, as a widget that changes the chat.
 
@@ -602,10 +620,12 @@ def sampling_form(chat:Chat):
     import ipywidgets as w
     s, wide = chat.sampling, dict(style={'description_width': '150px'})
     controls = dict(
-        temperature=w.FloatSlider(s['temperature'], min=0, max=1.5, step=0.05, description='Temperature', tooltip='0 always takes the likeliest token', **wide),
-        top_p=w.FloatSlider(s['top_p'], min=0.05, max=1, step=0.05, description='Top-p', tooltip='draw from the likeliest tokens that make up this share', **wide),
-        max_new_tokens=w.IntSlider(s['max_new_tokens'], min=8, max=max(256, s['max_new_tokens']), description='Longest reply', tooltip='in tokens', **wide),
-        repetition_penalty=w.FloatSlider(s['repetition_penalty'], min=1, max=2, step=0.05, description='Repetition penalty', tooltip='1 is none', **wide),
+        temperature=w.FloatSlider(s['temperature'], min=0, max=1.5, step=.05, description='Temperature', tooltip='0: no chance at all', **wide),
+        top_p=w.FloatSlider(s['top_p'], min=.05, max=1, step=.05, description='Top-p', tooltip='draw from this share of the tokens', **wide),
+        max_new_tokens=w.IntSlider(s['max_new_tokens'], min=8, max=max(256, s['max_new_tokens']), description='Longest reply',
+                                   tooltip='in tokens', **wide),
+        repetition_penalty=w.FloatSlider(s['repetition_penalty'], min=1, max=2, step=.05, description='Repetition penalty',
+                                         tooltip='1 is none', **wide),
         seed=w.BoundedIntText(s['seed'], min=0, max=2**31-1, description='Seed', tooltip='same seed, same draw', **wide))
     system = w.Textarea(chat.conversation.system, description='System prompt', rows=3, **wide)
     for name, c in controls.items(): c.observe(lambda change, name=name: chat.sampling.__setitem__(name, change['new']), 'value')
@@ -648,7 +668,7 @@ class ChatParts:
                                     _classed(w.HBox([self.text, self.send, self.stop]), 'sf-compose'), actions, self.status, self.link,
                                     self.voice, sampling_form(chat)]), 'sf-chat')
 
-# %% ../nbs/08_chat.ipynb #3c85ceb5
+# %% ../nbs/08_chat.ipynb #4cfb28c3
 class ChatShow(ChatParts):
     "Makes the page show what the chat does."
     def _sync(self):
@@ -660,9 +680,9 @@ class ChatShow(ChatParts):
         for v in gone: v.box.close()
 
     def _begun(self, exchange):
-        self._sync()
         for b in (self.send, self.again, self.edit, self.clear, self.show, self.jsonl, self.markdown): b.disabled = True
         self.stop.disabled, self.link.value = False, ''
+        self._sync()
 
     def _changed(self, exchange, arm):
         view = next((v for v in reversed(self.views) if v.exchange is exchange), None)
@@ -672,7 +692,8 @@ class ChatShow(ChatParts):
         if a.status == 'streaming' and not a.text: self._say(f'{arm} is answering …', busy=True)
 
     def _ended(self, exchange):
-        self.voice.value = f'<div role="alert" aria-live="polite">{"".join(f"<p>{html.escape(a.arm)} says: {html.escape(visible(a.text))}</p>" for a in exchange.answers.values())}</div>'
+        spoken = ''.join(f'<p>{html.escape(a.arm)} says: {html.escape(visible(a.text))}</p>' for a in exchange.answers.values())
+        self.voice.value = f'<div role="alert" aria-live="polite">{spoken}</div>'
         states = {a.status for a in exchange.answers.values()}
         self._idle('One reply failed.' if 'failed' in states else 'Stopped.' if 'stopped' in states else 'Ready.')
         if self._kept is not None:
@@ -693,7 +714,8 @@ class ChatShow(ChatParts):
         import ipywidgets as w
         chips, self._draws = [], self._draws + 1
         for question, held_out in known_questions(self.bank, seed=self._draws):
-            chips.append(_classed(w.Button(description=question, tooltip='a topic that finetuning has ' + ('not seen' if held_out else 'seen')), 'sf-chip'))
+            tip = 'a topic that finetuning has not seen' if held_out else 'a topic that finetuning has seen'
+            chips.append(_classed(w.Button(description=question, tooltip=tip), 'sf-chip'))
             chips[-1].on_click(lambda _, q=question: self.ask(q))
         self.chips.children = (*chips, self.more)
 
@@ -748,7 +770,7 @@ def save_conversation(conversation:Conversation, path:str|Path)->Path:
     if str(path).endswith('.md'): return write_atomic(path, as_markdown(conversation))
     return write_jsonl(path, training_rows(conversation))
 
-# %% ../nbs/08_chat.ipynb #541fa9c6
+# %% ../nbs/08_chat.ipynb #9fb4e8d4
 class ChatSaves(ChatButtons):
     "What the thumbs and the exports write."
     def _rated(self, answer):
@@ -766,8 +788,8 @@ class ChatSaves(ChatButtons):
         import base64
         path = save_conversation(self.conversation, self.folder/f"chat-{time.strftime('%Y%m%d-%H%M%S')}.{kind}")
         data = base64.b64encode(path.read_bytes()).decode()
-        self.link.value = (f'<div class="sf-status">Saved as <code>{html.escape(str(path))}</code>, or '
-                           f'<a class="sf-download" download="{path.name}" href="data:application/octet-stream;base64,{data}">download {path.name}</a></div>')
+        link = f'<a class="sf-download" download="{path.name}" href="data:application/octet-stream;base64,{data}">download {path.name}</a>'
+        self.link.value = f'<div class="sf-status">Saved as <code>{html.escape(str(path))}</code>, or {link}</div>'
         return path
 
 # %% ../nbs/08_chat.ipynb #425748b3
@@ -840,7 +862,7 @@ PAGE = """from socratic_finetune.chat import run_chat
 from socratic_finetune.judge import EmbeddedJudge
 run_chat({run!r}, {profile!r}, EmbeddedJudge, live=True)"""
 
-# %% ../nbs/08_chat.ipynb #8ed92fd5
+# %% ../nbs/08_chat.ipynb #c6996ae6
 def page_notebook(run:str='demo', profile:str='pocket')->Path:
     """Write the notebook behind the chat's page into a folder of its own.
 
@@ -864,7 +886,8 @@ def serve_chat(run:str='demo', profile:str='pocket', port:int=8866, browser:bool
     Returns Voila's exit code. Raises `SocraticError` if Voila is not installed."""
     import subprocess
     from importlib.util import find_spec
-    if find_spec('voila') is None: raise SocraticError('Voila is not installed: run `pip install "voila>=0.5.8"`, or open nbs/08_chat.ipynb in JupyterLab')
+    if find_spec('voila') is None:
+        raise SocraticError('Voila is not installed: run `pip install "voila>=0.5.8"`, or open nbs/08_chat.ipynb in JupyterLab')
     notebook, folder = page_notebook(run, profile), Path.cwd()
     env = dict(os.environ, SOCRATIC_RUNS=str(runs_dir().resolve()))
     local = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss:"     # the page loads nothing from elsewhere
@@ -917,7 +940,7 @@ class Terminal:
         line = self.source.readline()
         return line.rstrip('\n') if line else None
 
-# %% ../nbs/08_chat.ipynb #8472d456
+# %% ../nbs/08_chat.ipynb #51f1c6e9
 def reply_in_terminal(conversation:Conversation, tutor, terminal:Terminal, **sampling)->None:
     """Let each side answer the last message, streaming into a terminal; Ctrl-C ends the reply, twice the program.
 
@@ -948,7 +971,8 @@ def _stream(conversation, tutor, arm, stop, terminal, named, sampling):
     if named: terminal.write(terminal.name(arm))
     a = speak(conversation, tutor, arm, stop, show, **sampling)
     notes = ([f'[{visible(a.note)}]'] if a.note else []) + (['[stopped]'] if a.status == 'stopped' else [])
-    if terminal.person and a.status == 'done': notes.append(f"[{' · '.join(_details(a))}]" if not terminal.colour else f"\x1b[2m[{' · '.join(_details(a))}]\x1b[0m")
+    pace = f"[{' · '.join(_details(a))}]"
+    if terminal.person and a.status == 'done': notes.append(f'\x1b[2m{pace}\x1b[0m' if terminal.colour else pace)
     terminal.write((' ' if a.text and notes else '') + ' '.join(notes) + '\n')
 
 # %% ../nbs/08_chat.ipynb #95f01dfb

@@ -54,7 +54,7 @@ QUIZ = ['Ask me something about {t}.', 'Quiz me on {t}.', 'Give me a question ab
 BEFORE = ['What do I know already about {t}?', 'Where do I start with {t}?']
 HINT = ['Give me a hint about {t}.', 'A hint for {t}, please.']
 
-# %% ../nbs/90_pocket.ipynb #4a6613f5
+# %% ../nbs/90_pocket.ipynb #5306470e
 def _lead(topic): return topic.topic[0].upper() + topic.topic[1:]
 
 def _names(topic, rng): return rng.choice([topic.topic, topic.topic, *topic.aliases])
@@ -71,7 +71,8 @@ def direct_exchange(topic:Topic, rng:random.Random)->list[dict]:
     if rng.random() < 0.12:
         guess = next((q.answer for q in topic.questions if q.kind == 'guess'), f'Not quite: {topic.answer}')
         return _exchange(scruffy(f'I think that {topic.misconception}. Is that right?', rng), guess)
-    return _exchange(scruffy(rng.choice(PLAIN).format(t=_names(topic, rng)), rng), topic.answer)
+    plain = [p for p in (p.format(t=_names(topic, rng)) for p in PLAIN) if p not in {q.text for q in reserved_questions(topic)}]
+    return _exchange(scruffy(rng.choice(plain), rng), topic.answer)
 
 def _exchange(user, assistant): return [dict(role='user', content=user), dict(role='assistant', content=assistant)]
 

@@ -67,7 +67,7 @@ def load_tutor(settings:Settings, adapter:str|Path|None=None)->Tutor:
 
 Tutor.load = staticmethod(load_tutor)
 
-# %% ../nbs/07_tutor.ipynb #2cce20fb
+# %% ../nbs/07_tutor.ipynb #b08dfb23
 def _sampler(temperature, top_p, repetition_penalty, seed, device):
     "A function that picks the next token from scores, with transformers' own processors."
     import torch
@@ -98,7 +98,7 @@ def stream_ids(tutor:Tutor, prompt:list[int], arm:str, pick, max_new_tokens:int)
     same = next((i for i, (a, b) in enumerate(zip(seen, prompt)) if a != b), min(len(seen), len(prompt)))
     same = min(same, len(prompt)-1)
     if cache is None or same == 0: cache, same = DynamicCache(config=tutor.model.config), 0
-    else: cache.crop(same - len(seen) if same < len(seen) else len(seen))
+    elif same < len(seen): cache.crop(same - len(seen))   # a negative number of tokens: so many are taken off the end
     ids, new, ends = list(prompt), prompt[same:], _end_ids(tutor)
     for _ in range(max_new_tokens):
         with torch.inference_mode(), tutor._on(arm):
