@@ -52,7 +52,7 @@ def load_base(settings:Settings)->tuple:
     model.name_or_path = model.config._name_or_path = settings.base_model   # so that the adapter names its base, not a folder of this machine
     return model.to(device).eval(), tokenizer
 
-# %% ../nbs/06_finetune.ipynb #465dbe59
+# %% ../nbs/06_finetune.ipynb #6071d9db
 def add_adapter(model, settings:Settings):
     """A PEFT model: the base, frozen, with a LoRA adapter whose output is zero.
 
@@ -62,6 +62,8 @@ def add_adapter(model, settings:Settings):
     Raises `SocraticError` if the model lacks these layers; the error names those it has. Source: Hu et al., LoRA, 2021."""
     import torch
     from peft import LoraConfig, get_peft_model
+    warnings.filterwarnings('ignore', message='.*gradient_checkpointing.*', category=FutureWarning)   # PEFT and TRL still use the old name
+    warnings.filterwarnings('ignore', message='Could not find a config file', category=UserWarning)   # PEFT looks for `pocket` on the Hub
     linear = {n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {'lm_head'}
     if missing := set(settings.target_modules) - linear:
         raise SocraticError(f'{settings.base_model} has no layer {", ".join(sorted(missing))}: its linear layers are '
@@ -97,7 +99,7 @@ def split_rows(encoded:list[dict], share:float, seed:int)->tuple[list[dict], lis
     picked = set(random.Random(seed).sample(groups, round(share*len(groups)))) if len(encoded) >= 100 else set()
     return [e for e in encoded if e['group'] not in picked], [e for e in encoded if e['group'] in picked]
 
-# %% ../nbs/06_finetune.ipynb #33f24877
+# %% ../nbs/06_finetune.ipynb #76773f76
 def training_arguments(settings:Settings, folder:str|Path, device:str):
     """TRL's configuration for these settings.
 
@@ -105,7 +107,6 @@ def training_arguments(settings:Settings, folder:str|Path, device:str):
     - `folder`: where checkpoints go.
     - `device`: `cpu`, `cuda` or `mps`."""
     from trl import SFTConfig
-    warnings.filterwarnings('ignore', message='.*gradient_checkpointing.*', category=FutureWarning)   # TRL itself still sets it
     return SFTConfig(
         output_dir=str(folder), learning_rate=settings.learning_rate, lr_scheduler_type='cosine', warmup_steps=settings.warmup,
         num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,

@@ -1,5 +1,5 @@
 "Rules of the house that a machine can check: over all files that git would ship."
-import json, re, subprocess
+import ast, json, re, subprocess
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,8 @@ def test_modules_depend_one_way():
         if module: number[module] = int(f.name.split('_')[0])
     for module, n in number.items():
         code = (ROOT/'socratic_finetune'/f'{module}.py').read_text(encoding='utf8')
-        for other in re.findall(r'^ *(?:from|import) socratic_finetune\.(\w+)', code, re.M):
+        imported = [n.module for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('socratic_finetune.')]
+        for other in (m.split('.')[1] for m in imported):
             assert number[other] < n, f'{module} ({n}) imports {other} ({number[other]})'
 
 
