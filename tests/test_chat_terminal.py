@@ -33,6 +33,7 @@ class Shell:
         def control(): # the pseudo-terminal becomes the program's own, so that Ctrl-C reaches it as it would from a keyboard
             import fcntl, termios
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell that starts the tests in the background has it ignored, and that is inherited
         self.program = subprocess.Popen([sys.executable, '-c', TOY], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=env, start_new_session=True, preexec_fn=control)
         os.close(slave)
         self.seen = self.raw = ''
