@@ -159,10 +159,10 @@ def run_stages(run:Run, stages:dict[str, Path]|None=None, report=print)->list[st
             report(f'      done in {seconds:.0f} s')
         return names[first:]
 
-# %% ../nbs/11_pipeline.ipynb #a4776ff2
+# %% ../nbs/11_pipeline.ipynb #aa2447e4
 def _mean(rows, key):
     found = [float(r[key]) for r in rows if r.get(key) not in (None, '')]
-    return f'{sum(found)/len(found):8.2f}' if found else f"{'–':>8}"
+    return f'{sum(found)/len(found):10.2f}' if found else f"{'–':>10}"
 
 def summary(run:Run)->str:
     """A run in a few lines: scores of each arm, time of each stage, and where things are.
@@ -175,9 +175,9 @@ def summary(run:Run)->str:
         with open(scores, encoding='utf8', newline='') as f: rows = list(csv.DictReader(f))
         arms = list(dict.fromkeys(r['model'] for r in rows))
         by = {a: [r for r in rows if r['model'] == a] for a in arms}
-        lines += [f"{'':12}" + ''.join(f'{a:>8}' for a in arms)]
+        lines += [f"{'':12}" + ''.join(f'{a:>10}' for a in arms)]
         lines += [f'{key:12}' + ''.join(_mean(by[a], key) for a in arms) for key in ('socratic', 'helpful')]
-        lines += [f"{'replies':12}" + ''.join(f'{len(by[a]):8}' for a in arms)]
+        lines += [f"{'replies':12}" + ''.join(f'{len(by[a]):10}' for a in arms)]
         if missing := sum(r.get('socratic') in (None, '') for r in rows): lines += [f'not judged: {missing} (missing scores count nowhere)']
         lines += ['']
     times = [f"{s} {e.get('notebook_seconds', e.get('seconds', 0)):.0f} s" + ('' if e['status'] == 'done' else f" ({e['status']})")
