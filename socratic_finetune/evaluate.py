@@ -23,7 +23,7 @@ from .config import Run, SocraticError, data_path, read_jsonl, settings_for, ver
 from .constitution import load_constitution
 from .judge import Judge, make_judge
 from .teacher import MOVE_FOR_KIND, Turn, compose, overlap
-from .topics import TopicBank, load_topics, questions_in, reserved_questions, words
+from .topics import TopicBank, load_topics, questions_in, read_split, reserved_questions, words
 
 # %% ../nbs/10_evaluate.ipynb #95abae86
 def _row(q, bank, **known):
@@ -35,16 +35,16 @@ def evaluation_questions(bank:TopicBank, questions:str|Path='heldout')->list[dic
     """The questions of an evaluation.
 
     - `bank`: the topic bank.
-    - `questions`: `heldout`, all phrasings of all held-out topics; `seed20`, "Explain X." for the first twenty of them; or a JSONL file whose
+    - `questions`: `heldout`, all phrasings of all held-out topics; `validation`, the same of the validation topics; `seed20`, "Explain X." for the first twenty of them; or a JSONL file whose
       rows have `question` and, if known, `topic`, `context` (a list of `{role, content}`) and `reference` (the answer).
 
     Returns dicts with `question`, `topic` (where no card fits, the question itself), `kind`, and `seen`: whether the pocket base model met the
     phrasing in pretraining, None for a file's questions. A question that comes twice is asked once. Raises `SocraticError` if there is no such
     file, or no question."""
-    if questions == 'heldout':
-        rows = [_row(q.text, bank, topic=t.topic, kind=q.kind, seen=q not in reserved_questions(t)) for t in bank.heldout for q in t.questions]
+    if questions in ('heldout', 'validation'):
+        rows = [_row(q.text, bank, topic=t.topic, kind=q.kind, seen=q not in reserved_questions(t)) for t in getattr(bank, questions) for q in t.questions]
     elif questions == 'seed20':
-        names = yaml.safe_load(data_path('heldout.yaml').read_text(encoding='utf8'))['heldout'][:20]
+        names = read_split()['heldout'][:20]
         firsts = [(n, next((q.text for q in bank[n].questions if q.kind == 'explain'), f'Explain {n}.')) for n in names]
         rows = [_row(text, bank, topic=n, kind='explain', seen=True) for n, text in firsts]
     elif Path(questions).is_file():

@@ -83,18 +83,19 @@ def encode_rows(rows:list[dict], tokenizer, max_length:int)->tuple[list[dict], l
     Returns `(encoded, dropped)`; a dropped entry names the row and says why. Raises `SocraticError` if nothing is left."""
     encoded, dropped = [], []
     for i, r in enumerate(rows):
-        try: encoded.append({**encode(tokenizer, r['messages'], max_length), 'group': str(r.get('topic') or f'row {i}')})
+        try: encoded.append({**encode(tokenizer, r['messages'], max_length), 'group': str(r.get('topic') or f'row {i}'), 'split': r.get('split', 'train')})
         except SocraticError as e: dropped.append(dict(row=r.get('id', i), reason=str(e)))
     if not encoded: raise SocraticError(f'none of {len(rows)} rows can be trained on' + (f': {dropped[0]["reason"]}' if dropped else ': the dataset is empty'))
     for e in encoded: e['length'] = len(e['input_ids'])
     return encoded, dropped
 
 def split_rows(encoded:list[dict], share:float, seed:int)->tuple[list[dict], list[dict]]:
-    """Encoded rows split by topic, so that validation loss is measured on topics that were not trained on.
+    """Encoded rows for training and for validation, so that validation loss is measured on topics that were not trained on.
 
-    - `encoded`: from `encode_rows`.
-    - `share`: of the topics, for validation; with fewer than 100 rows none are taken.
+    - `encoded`: from `encode_rows`; rows whose `split` is `validation` are taken for it.
+    - `share`: of the topics, for validation, where no row says so; with fewer than 100 rows none are taken.
     - `seed`: decides which."""
+    if said := [e for e in encoded if e['split'] == 'validation']: return [e for e in encoded if e['split'] != 'validation'], said
     groups = sorted({e['group'] for e in encoded})
     picked = set(random.Random(seed).sample(groups, round(share*len(groups)))) if len(encoded) >= 100 else set()
     return [e for e in encoded if e['group'] not in picked], [e for e in encoded if e['group'] in picked]
@@ -149,8 +150,10 @@ def save_adapter(model, tokenizer, folder:str|Path, about:dict)->Path:
     tokenizer.save_pretrained(tmp)
     (tmp/'README.md').unlink(missing_ok=True)
     write_atomic(tmp/'training.json', json.dumps(about, indent=1) + '\n')
-    if folder.exists(): shutil.rmtree(folder)
+    old = tmp.with_name(f'{tmp.name}.old')
+    if folder.exists(): os.replace(folder, old)   # a folder cannot be replaced in one go: the old one steps aside, and goes last
     os.replace(tmp, folder)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 # %% ../nbs/06_finetune.ipynb #d39e23e6

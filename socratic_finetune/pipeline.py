@@ -281,9 +281,15 @@ def run_command(run:RunName='demo', profile:Profile=None, n:Annotated[int | None
     print(('\n' if done else 'nothing was left to do\n\n') + summary(r))
 
 @app.command('report')
-def report_command(run:RunName='demo'):
-    "Scores, times and paths of a run."
-    print(summary(Run.open(run)))
+def report_command(data_path:Annotated[str | None, typer.Argument(help='a dataset (JSONL, JSON, Parquet, or a name on the Hub); without it, the run is told of')]=None,
+                   run:RunName='demo'):
+    "What a dataset holds, in numbers; or scores, times and paths of a run."
+    if data_path is None: return print(summary(Run.open(run)))
+    from socratic_finetune.generate import dataset_report, read_rows
+    rows, bad = read_rows(data_path)
+    warn_of(bad)
+    for key, value in (dataset_report(rows) | dict(set_aside=len(bad))).items():
+        print(f"{key.replace('_', ' '):26} {', '.join(f'{k} {n}' for k, n in value.items()) if isinstance(value, dict) else value}")
 
 # %% ../nbs/11_pipeline.ipynb #0a7a0055
 @app.command('generate')
@@ -397,11 +403,13 @@ def chat_command(model_dir:ModelDir=None, base_model:BaseModel_=None, run:RunNam
     chat_terminal(open_tutor(run, model_dir, base_model), arms_of(arm))
 
 @app.command('judge')
-def judge_command(data_path:Annotated[Path, flag('data_path', 'JSONL with question and reply')],
-                  output_path:Annotated[Path, flag('output_path', 'the CSV file to write')]=Path('judged.csv'), judge:JudgeName=None, set:Set=None):
+def judge_command(file:Annotated[Path | None, typer.Argument(help='JSONL with question and reply, and if known context and reference')]=None,
+                  data_path:Annotated[Path | None, flag('data_path', 'the same file, as a flag')]=None,
+                  output_path:Annotated[Path, flag('output_path', 'the CSV file to write', '--out')]=Path('judged.csv'), judge:JudgeName=None, set:Set=None):
     "Scores for replies of any tutor, without a model: one row of a table for each line."
     from socratic_finetune.judge import judge_file, make_judge
     from tqdm import tqdm
+    if (data_path := file or data_path) is None: raise SocraticError('judge needs a file: socratic judge FILE.jsonl --out scores.csv')
     judge_ = make_judge(settings_for(judge=judge, **parse_settings(set)))
     with tqdm(desc='judge', unit=' replies') as bar: counts = judge_file(data_path, output_path, judge_, lambda *_: bar.update())
     failed = f"; {counts['failed']} failed, see its column error" if counts['failed'] else ''
