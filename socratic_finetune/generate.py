@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REACTIONS', 'SHAREGPT', 'CARD', 'react', 'plan_lesson', 'plan_rows', 'plan_data', 'make_row', 'row_messages',
-           'prompt_completion', 'generate', 'near_duplicates', 'openings', 'distinct', 'drop_repeats', 'dataset_report',
-           'dataset_card', 'read_table', 'read_rows']
+           'prompt_completion', 'preference', 'generate', 'near_duplicates', 'openings', 'distinct', 'drop_repeats',
+           'dataset_report', 'dataset_card', 'read_table', 'read_rows']
 
 # %% ../nbs/04_generate.ipynb #26a92f93
 import itertools, json, random
@@ -100,12 +100,12 @@ def plan_rows(topics:list[Topic], n:int, seed:int, talks:float=0.35, small:float
 
 # %% ../nbs/04_generate.ipynb #d75824f8
 def plan_data(bank:TopicBank, settings)->list[dict]:
-    """The plan of a whole dataset: training rows, then two rows for each validation topic. Held-out topics never come up.
+    """The plan of a whole dataset: training rows, then a twentieth as many on validation topics, two for each at most. Held-out topics never come up.
 
     - `bank`: the topic bank.
     - `settings`: its `n` (training rows) and `seed`."""
     return (plan_rows(bank.train, settings.n, settings.seed) +
-            plan_rows(bank.validation, 2*len(bank.validation), settings.seed, small=0, split='validation'))
+            plan_rows(bank.validation, min(2*len(bank.validation), settings.n//20), settings.seed, small=0, split='validation'))
 
 # %% ../nbs/04_generate.ipynb #98adb1a3
 def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
@@ -163,6 +163,17 @@ def prompt_completion(row:dict)->dict:
     Source: TRL documentation, dataset formats."""
     messages = row_messages(row)
     return dict(prompt=messages[:-1], completion=messages[-1:])
+
+def preference(row:dict)->dict|None:
+    """Draft and final reply of a row as a pair in TRL's preference form; None where the critique changed nothing.
+
+    - `row`: with `messages` and `trail`.
+
+    Source: TRL documentation, dataset formats."""
+    trail = Trail(**row['trail'])
+    if not trail.changed: return None
+    say = lambda text: [dict(role='assistant', content=text)]
+    return dict(prompt=row_messages(row)[:-1], chosen=say(trail.reply), rejected=say(trail.draft))
 
 # %% ../nbs/04_generate.ipynb #cab2ddfa
 def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None)->list[dict]:

@@ -417,7 +417,7 @@ def judge_command(file:Annotated[Path | None, typer.Argument(help='JSONL with qu
 
 @app.command('pocket', context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def pocket_command(ctx:typer.Context):
-    "Rebuild the pocket base model in data/pocket/ from the topic cards (a quarter of an hour); flags go to its builder."
+    "Rebuild the pocket base model in data/pocket/ from the topic cards (about an hour); flags go to its builder."
     raise typer.Exit(subprocess.call([sys.executable, '-m', 'socratic_finetune.pocket', *ctx.args]))
 
 # %% ../nbs/11_pipeline.ipynb #354b63ef
