@@ -12,6 +12,7 @@ __all__ = ['OPTIONAL', 'AGAIN', 'IN_WORDS', 'LOST', 'openai_client', 'scrub', 'm
 import json, os, random, re, threading, time
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlparse
@@ -289,11 +290,12 @@ class Sender:
     - `base`: an `openai.OpenAI`.
     - `model`: for the words of errors.
     - `limits`: spreads the requests.
+    - `ledger`: counts the attempts that failed.
     - `retries`: further attempts after the first has failed.
     - `pause`: seconds before the first of them; doubled each time, 60 at most."""
-    def __init__(self, base, model:str, limits:Limits, retries:int=8, pause:float=0.5):
-        self.base, self.model, self.limits, self.retries, self.pause = base.with_options(max_retries=0), model, limits, retries, pause
-        self.address, self.stopped, self.again = str(base.base_url), threading.Event(), 0
+    def __init__(self, base, model:str, limits:Limits, ledger:Ledger, retries:int=8, pause:float=0.5):
+        self.base, self.model, self.limits, self.ledger = base.with_options(max_retries=0), model, limits, ledger
+        self.retries, self.pause, self.address, self.stopped = retries, pause, str(base.base_url), threading.Event()
 
     def send(self, request:dict):
         """The server's answer, an `openai` ChatCompletion with at least one choice.
@@ -310,7 +312,7 @@ class Sender:
                 if u := getattr(found, 'usage', None): self.limits.settle((u.total_tokens or 0) - sum(booked))
                 return found
             except Exception as e: wait = self._wait(e, request, attempt)
-            self.again += 1
+            self.ledger.add(retries=1)
             if self.stopped.wait(wait): raise RunStopped('interrupted: what is done is kept, and the same command goes on')
 
     def _wait(self, error, request, attempt):
@@ -357,14 +359,12 @@ def entry_of(request:dict, found:dict, price:Price|None, share:float=1.)->dict:
 class Bookkeeper(Sender):
     """A sender that never asks twice: every answer is on disk before it is used, and in the books.
 
-    - `base`, `model`, `limits`, `sending`: those of `Sender`.
+    - `base`, `model`, `limits`, `ledger`, `sending`: those of `Sender`.
     - `cache`: where answers are kept.
-    - `ledger`: where they are counted.
     - `batch`: True lets requests wait for `run_batch` instead of sending them."""
-    def __init__(self, base, model:str, limits:Limits, cache:Cache, ledger:Ledger, batch:bool=False, **sending):
-        super().__init__(base, model, limits, **sending)
-        self.cache, self.ledger, self.batch = cache, ledger, batch
-        self.pending, self.failed, self.asking, self.lock = {}, {}, {}, threading.Lock()
+    def __init__(self, base, model:str, limits:Limits, ledger:Ledger, cache:Cache, batch:bool=False, **sending):
+        super().__init__(base, model, limits, ledger, **sending)
+        self.cache, self.batch, self.pending, self.failed, self.asking, self.lock = cache, batch, {}, {}, {}, threading.Lock()
 
     def answer(self, request:dict)->dict:
         """The reply to a request, with `content`, `refusal` and `finish_reason`: from disk, or else from the server and then on disk.
@@ -403,14 +403,18 @@ class Bookkeeper(Sender):
 AGAIN = 'That was not JSON of this form. Answer again, with nothing but one JSON object that fits this schema: {schema}'
 IN_WORDS = 'Answer with nothing but one JSON object that fits this schema: {schema}'
 
+@cache
+def _strict(schema):
+    from openai.lib._pydantic import to_strict_json_schema
+    return to_strict_json_schema(schema)
+
 def request_for(model:str, messages:list[dict], schema:type[BaseModel], temperature:float, seed:int|None, max_tokens:int, left_out=frozenset())->dict:
     """The body of a request.
 
     - `model`, `messages`, `temperature`, `seed`, `max_tokens`: as the server takes them.
     - `schema`: of the answer, sent as `response_format`; where that is left out, described in the first message, at its end.
     - `left_out`: parameters that this server does not know."""
-    from openai.lib._pydantic import to_strict_json_schema
-    strict = to_strict_json_schema(schema)
+    strict = _strict(schema)
     form = {'type': 'json_schema', 'json_schema': {'name': schema.__name__, 'strict': True, 'schema': strict}}
     body = dict(model=model, messages=messages, temperature=temperature, seed=seed, max_completion_tokens=max_tokens, response_format=form)
     if 'max_completion_tokens' in left_out: body['max_tokens'] = max_tokens
@@ -497,7 +501,7 @@ class Client(Asker):
         base, home = base or openai_client(), Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'socratic_finetune'
         kept = Cache(cache or home, room=64_000*workers)
         ledger = Ledger(price_of(model, str(base.base_url), prices), max_cost, kept.paid() if spent is None else spent)
-        super().__init__(base, model, Limits(rpm, tpm), kept, ledger, **more)
+        super().__init__(base, model, Limits(rpm, tpm), ledger, kept, **more)
         self.workers = workers
 
     def close(self, stop:bool=False)->None:

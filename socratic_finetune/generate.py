@@ -81,7 +81,7 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
     - `settings`: its `system_prompt`, `rounds`, `principles_per_round`.
 
     Raises `SocraticError` if three drafts of a reply could not be mended, or a request got no answer."""
-    rng, constitution = random.Random(f"{plan['id']} {settings.seed}"), load_constitution()
+    rng, constitution = random.Random(f"{plan['id']} {settings.seed}"), getattr(teacher, 'constitution', None) or load_constitution()
     topic = bank[plan['topic']] if plan['topic'] else None
     messages = [dict(role='system', content=settings.system_prompt)]
     for student, move, step in plan['turns']:
