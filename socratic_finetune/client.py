@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONAL', 'AGAIN', 'IN_WORDS', 'LOST', 'openai_client', 'scrub', 'mend_json', 'parse_json', 'Price', 'at_home',
            'price_of', 'RunStopped', 'Unanswered', 'CostCapReached', 'dollars', 'Ledger', 'Limits', 'key_of', 'Cache',
-           'Refused', 'retry_after', 'hopeless', 'Sender', 'most_tokens', 'Pending', 'entry_of', 'Bookkeeper',
-           'request_for', 'read_reply', 'Asker', 'Client', 'run_batch', 'client_for']
+           'Refused', 'unknown_parameter', 'retry_after', 'hopeless', 'Sender', 'most_tokens', 'Pending', 'entry_of',
+           'Bookkeeper', 'request_for', 'read_reply', 'Asker', 'Client', 'run_batch', 'client_for']
 
 # %% ../nbs/03_client.ipynb #c1100004
 import json, os, random, re, threading, time
@@ -73,6 +73,7 @@ def mend_json(text:str)->str:
     flat = ''.join(out) + ''.join(reversed(closing))
     return re.sub(r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b|,\s*(?=[}\]])', lambda m: m[0] if m[0][0] == '"' else words.get(m[0], ''), flat)
 
+# %% ../nbs/03_client.ipynb #c1100061
 def parse_json(text:str, schema:type[BaseModel])->BaseModel:
     """Read a schema's JSON out of a model's text, whatever stands around it.
 
@@ -145,8 +146,8 @@ class Ledger:
 
     Raises `SocraticError` if there is a limit, and no price to hold it with."""
     def __init__(self, price:Price|None, max_cost:float|None=None, spent:float=0.):
-        if max_cost is not None and price is None: raise SocraticError(f'max_cost={max_cost:g} cannot be kept: the model has no price in '
-            'data/prices.yaml, so its cost is unknown; write it into that table, or leave max_cost out')
+        if max_cost is not None and price is None: raise SocraticError(
+            f'max_cost={max_cost:g} cannot be kept: the model has no price in data/prices.yaml, so its cost is unknown; write it there, or leave max_cost out')
         self.price, self.max_cost, self.spent, self.held, self.open, self.changed = price, max_cost, spent, 0., 0, threading.Condition()
         self.counts = dict.fromkeys(('requests', 'from_disk', 'retries', 'tokens_in', 'tokens_cached', 'tokens_out'), 0)
 
@@ -159,15 +160,19 @@ class Ledger:
         Raises `CostCapReached` if that does not fit below `max_cost` even when all others have come in."""
         with self.changed:
             while self.max_cost is not None and self.spent + self.held + most > self.max_cost:
-                if not self.open: raise CostCapReached(f'max_cost=${self.max_cost:g} is reached: {dollars(self.spent)} are spent, and the next request '
-                                                       f'may cost {dollars(most)}; what is done is kept, and a higher --max-cost goes on from here')
+                if not self.open: raise CostCapReached(
+                    f'max_cost=${self.max_cost:g} is reached: {dollars(self.spent)} are spent, and the next request may cost {dollars(most)}; '
+                    'what is done is kept, and a higher --max-cost goes on from here')
                 self.changed.wait()
-            self.open, self.held = self.open + 1, self.held + most
+            self._hold(1, most)
         try: yield
-        finally:
-            with self.changed:
-                self.open, self.held = self.open - 1, self.held - most if self.open > 1 else 0.
-                self.changed.notify_all()
+        finally: self._hold(-1, -most)
+
+    def _hold(self, n, most):
+        with self.changed:
+            self.open += n
+            self.held = self.held + most if self.open else 0.   # exactly nothing, whatever the roundings
+            self.changed.notify_all()
 
     def add(self, cost:float=0., **counts):
         "Enter dollars and counts."
@@ -232,7 +237,8 @@ class Cache:
         except OSError as e:
             self.give_room()
             write_atomic(self.path(key), text)
-            raise RunStopped(f'{self.folder}: {e.strerror or e}; every answer so far is kept: free some space, and the same command goes on') from None
+            why = f'{self.folder}: {e.strerror or e}; every answer so far is kept: free some space, and the same command goes on'
+            raise RunStopped(why) from None
 
     def keep_room(self)->None:
         "Make sure, before anything is paid for, that its answer can be written. Raises `RunStopped` if it cannot."
@@ -241,11 +247,12 @@ class Cache:
 
     def _fill(self):
         try: write_atomic(self.folder/'.room', os.urandom(self.room))
-        except OSError as e: raise RunStopped(f'{self.folder}: {e.strerror or e}; nothing has been sent: free some space, or choose another api_cache') from None
+        except OSError as e:
+            raise RunStopped(f'{self.folder}: {e.strerror or e}; nothing has been sent: free some space, or choose another api_cache') from None
 
     def give_room(self)->None: (self.folder/'.room').unlink(missing_ok=True)
 
-    def paid(self)->float: return sum(json.loads(p.read_text(encoding='utf8')).get('cost') or 0. for p in self.folder.glob('*.json') if len(p.stem) == 64)
+    def paid(self)->float: return sum(self[p.stem].get('cost') or 0. for p in self.folder.glob('*.json') if len(p.stem) == 64)
 
 # %% ../nbs/03_client.ipynb #c1100031
 class Refused(Exception):
@@ -254,6 +261,11 @@ class Refused(Exception):
 
 OPTIONAL = {'response_format': ('response_format', 'json_schema', 'guided', 'grammar'), 'max_completion_tokens': ('max_completion_tokens',),
             'seed': ('seed',), 'temperature': ('temperature',)}
+
+def unknown_parameter(error, request:dict)->str|None:
+    "The parameter that a server turns a request down for, of those that one can do without."
+    if getattr(error, 'status_code', None) not in (400, 422): return None
+    return next((p for p, names in OPTIONAL.items() if p in request and any(n in str(error) for n in names)), None)
 
 def retry_after(headers)->float:
     """The seconds that a server asks for, 0 where it asks for none; `Retry-After` may be a number or a date.
@@ -279,7 +291,8 @@ def hopeless(error, model:str, address:str)->SocraticError|None:
     if status == 403: return RunStopped(f'{address} does not let this key use {model}{said}')
     if status == 404: return RunStopped(f'{address} has no model {model!r}: check openai_model and OPENAI_BASE_URL{said}')
     if status == 429 and getattr(error, 'code', None) == 'insufficient_quota': return RunStopped(f'the account at {address} has no credit left{said}')
-    if status is not None and status < 500 and status not in (408, 409, 425, 429): return SocraticError(f'{model} turned the request down ({status}){said}')
+    if status is not None and status < 500 and status not in (408, 409, 425, 429):
+        return SocraticError(f'{model} turned the request down ({status}){said}')
     if status == 429 and retry_after(error.response.headers) > 600:
         return RunStopped(f'{address} asks to wait {retry_after(error.response.headers):.0f} s: go on later with the same command')
 
@@ -305,27 +318,30 @@ class Sender:
         Raises `Refused` for a parameter that it does not know, `RunStopped` or `SocraticError` in words where it cannot be had."""
         booked = most_tokens(request)
         for attempt in range(self.retries + 1):
-            if self.stopped.wait(self.limits.wait(sum(booked))): raise RunStopped('interrupted: what is done is kept, and the same command goes on')
+            self.sleep(self.limits.wait(sum(booked)))
             try:
                 found = self.base.chat.completions.create(**request)
-                if not getattr(found, 'choices', None) or not getattr(found.choices[0], 'message', None): raise ValueError('an answer without a message')
+                if not getattr(found, 'choices', None) or not getattr(found.choices[0], 'message', None): raise ValueError('no message in the answer')
                 if u := getattr(found, 'usage', None): self.limits.settle((u.total_tokens or 0) - sum(booked))
                 return found
-            except Exception as e: wait = self._wait(e, request, attempt)
+            except Exception as e: wait = self._patience(e, request, attempt)
             self.ledger.add(retries=1)
-            if self.stopped.wait(wait): raise RunStopped('interrupted: what is done is kept, and the same command goes on')
+            self.sleep(wait)
 
-    def _wait(self, error, request, attempt):
+    def sleep(self, seconds:float)->None:
+        "Wait, unless the work is broken off: then `RunStopped`."
+        if self.stopped.wait(seconds): raise RunStopped('interrupted: what is done is kept, and the same command goes on')
+
+    def _patience(self, error, request, attempt):
         from openai import APIConnectionError, OpenAIError
         if not isinstance(error, OpenAIError | ValueError): raise error
-        clean = lambda e: type(e)(scrub(str(e), self.base.api_key))
-        if getattr(error, 'status_code', None) in (400, 422):
-            if known := [p for p, names in OPTIONAL.items() if p in request and any(n in str(error) for n in names)]: raise Refused(known[0]) from None
-        if words := hopeless(error, self.model, self.address): raise clean(words) from None
+        if param := unknown_parameter(error, request): raise Refused(param) from None
         absent = isinstance(error, APIConnectionError) and 'ConnectError' in type(error.__cause__).__name__
-        if attempt == (min(2, self.retries) if absent else self.retries):
-            kind = RunStopped if absent else Unanswered
-            raise clean(kind(f'{self.model} did not answer in {attempt + 1} attempts ({type(error).__name__}): check that {self.address} is up')) from None
+        words = hopeless(error, self.model, self.address)
+        if not words and attempt == (min(2, self.retries) if absent else self.retries):
+            words = (RunStopped if absent else Unanswered)(
+                f'{self.model} did not answer in {attempt + 1} attempts ({type(error).__name__}): check that {self.address} is up')
+        if words: raise type(words)(scrub(str(words), self.base.api_key)) from None
         asked = retry_after(error.response.headers) if getattr(error, 'response', None) is not None else 0.
         return asked*random.uniform(1, 1.1) or min(60, self.pause * 2**attempt)*random.uniform(0.5, 1)
 
@@ -350,12 +366,14 @@ def entry_of(request:dict, found:dict, price:Price|None, share:float=1.)->dict:
     - `share`: of the price."""
     choice, used = found['choices'][0], found.get('usage') or {}
     said = choice['message'].get('content') or ''
-    tokens = dict(tokens_in=used.get('prompt_tokens') or len(json.dumps(request['messages']))//4, tokens_out=used.get('completion_tokens') or len(said)//4,
+    tokens = dict(tokens_in=used.get('prompt_tokens') or len(json.dumps(request['messages']))//4,
+                  tokens_out=used.get('completion_tokens') or len(said)//4,
                   tokens_cached=(used.get('prompt_tokens_details') or {}).get('cached_tokens') or 0)
     reply = dict(content=said, refusal=choice['message'].get('refusal'), finish_reason=choice.get('finish_reason'))
     return dict(request=request, reply=reply, **tokens, cost=None if price is None else share*price.cost(*tokens.values()),
                 answered=time.strftime('%Y-%m-%dT%H:%M:%S%z'))
 
+# %% ../nbs/03_client.ipynb #c1100060
 class Bookkeeper(Sender):
     """A sender that never asks twice: every answer is on disk before it is used, and in the books.
 
@@ -564,7 +582,8 @@ def run_batch(client:Client, poll:float=60., report=None)->int:
             batch = base.batches.retrieve(batch.id)
         return _take_batch(client, base, batch, folder)
     except OpenAIError as e:
-        words = hopeless(e, client.model, client.address) or RunStopped(f'the batch could not be looked after ({type(e).__name__}): the same command goes on')
+        lost_sight = RunStopped(f'the batch could not be looked after ({type(e).__name__}): the same command goes on')
+        words = hopeless(e, client.model, client.address) or lost_sight
         raise type(words)(scrub(str(words), client.base.api_key)) from None
     finally: client.pending.clear()
 
@@ -578,5 +597,5 @@ def client_for(settings:Settings, folder:str|Path|None=None, batch:bool=False)->
 
     Raises `SocraticError` without a key, or with a `max_cost` that cannot be kept."""
     s = settings
-    return Client(s.openai_model, cache=s.api_cache or folder, workers=s.workers, rpm=s.requests_per_minute, tpm=s.tokens_per_minute, max_cost=s.max_cost,
-                  spent=None if folder and not s.api_cache else 0., batch=batch)
+    return Client(s.openai_model, cache=s.api_cache or folder, workers=s.workers, rpm=s.requests_per_minute, tpm=s.tokens_per_minute,
+                  max_cost=s.max_cost, spent=None if folder and not s.api_cache else 0., batch=batch)

@@ -124,7 +124,8 @@ def forecast(plan:list[dict], teacher, bank:TopicBank, settings, sample:int=40)-
     Returns `requests`, `tokens_in`, `tokens_out` and `cost` in dollars (None where unknown), without what a provider's prompt cache saves."""
     some, reply, found = plan[::max(1, len(plan)//sample)], ' '.join(['words']*50), []
     asks = [f'- {p.key}: {p.ask}' for p in teacher.constitution.values()]
-    acts = [('draft', [], 70), *[('critique', asks[:settings.principles_per_round], 0)]*settings.rounds, ('revise', asks[:1], 70), ('critique', asks, 0)]
+    looks = [('critique', asks[:settings.principles_per_round], 0)]*settings.rounds
+    acts = [('draft', [], 70), *looks, ('revise', asks[:1], 70), ('critique', asks, 0)]
     for p in some:
         messages = []
         for student, move, step in p['turns']:
@@ -135,7 +136,8 @@ def forecast(plan:list[dict], teacher, bank:TopicBank, settings, sample:int=40)-
     scale = len(plan)/max(1, len(some))
     tokens_in, tokens_out = (round(scale*sum(x)) for x in zip(*found)) if found else (0, 0)
     price = teacher.client.ledger.price
-    return dict(requests=round(scale*len(found)), tokens_in=tokens_in, tokens_out=tokens_out, cost=None if price is None else price.cost(tokens_in, tokens_out))
+    cost = None if price is None else price.cost(tokens_in, tokens_out)
+    return dict(requests=round(scale*len(found)), tokens_in=tokens_in, tokens_out=tokens_out, cost=cost)
 
 def forecast_words(found:dict, model:str, max_cost:float|None=None, batch:bool=False)->str:
     "A forecast as a sentence."
@@ -183,36 +185,7 @@ def made_at_once(todo:list, make, workers:int=1, stop=None):
             for f in under_way: f.cancel()
             raise
 
-# %% ../nbs/04_generate.ipynb #cab2ddfa
-def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch:bool=False)->list[dict]:
-    """Make the dataset of a run, resuming where an earlier attempt stopped; writes `sft.jsonl`, in the plan's order, and `quarantine.jsonl`.
-
-    - `run`: its settings say how many rows, which teacher, which seed.
-    - `teacher`: None makes the one that the settings name.
-    - `bank`: None loads the project's topics.
-    - `batch`: None of the requests is sent at once; they go out in batches, for half the price.
-
-    Raises `SocraticError` if five neighbours fail, or a file cannot be written; `RunStopped` where no further request makes sense."""
-    s, bank = run.settings, bank or load_topics()
-    teacher, part, plan = teacher or make_teacher(s, bank, run.path('requests'), batch), run.path('sft.part.jsonl'), plan_rows(bank, s.n, s.seed)
-    client, rows, lost = getattr(teacher, 'client', None), rows_so_far(part), {}
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if client and len(rows) < len(plan): tqdm.write(forecast_words(forecast(plan, teacher, bank, s), client.model, client.ledger.max_cost, client.batch))
-    try:
-        with tqdm(total=len(plan), initial=len(rows), desc='rows', mininterval=1) as bar:
-            while todo := [p for p in plan if p['id'] not in rows and p['id'] not in lost]:
-                _pass(plan, todo, lambda p: make_row(p, teacher, bank, s), client, part, rows, lost, bar)
-                if client and client.pending:
-                    run_batch(client, report=lambda b: bar.set_postfix_str(f'batch {b.status}, {dollars(client.ledger.bill()["cost"])}'))
-    except OSError as e: raise SocraticError(f'{e.filename or part}: {e.strerror or e}; what is done is kept: mend that, and the same command goes on') from None
-    finally:
-        if client: client.close()
-    made = [rows[p['id']] for p in plan if p['id'] in rows]
-    write_jsonl(run.path('quarantine.jsonl'), [lost[p['id']] for p in plan if p['id'] in lost])
-    write_jsonl(run.path('sft.jsonl'), made)
-    part.unlink(missing_ok=True)
-    return made
-
+# %% ../nbs/04_generate.ipynb #ca110006
 def _pass(plan, todo, make, client, part, rows, lost, bar):
     place = {p['id']: i for i, p in enumerate(plan)}
     workers, stop = (client.workers, lambda: client.close(stop=True)) if client else (1, None)
@@ -230,6 +203,38 @@ def _pass(plan, todo, make, client, part, rows, lost, bar):
                 f.flush()
             bar.update()
             if client: bar.set_postfix_str(f'{dollars(client.ledger.bill()["cost"])}, {len(lost)} set aside', refresh=False)
+
+# %% ../nbs/04_generate.ipynb #cab2ddfa
+def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch:bool=False)->list[dict]:
+    """Make the dataset of a run, resuming where an earlier attempt stopped; writes `sft.jsonl`, in the plan's order, and `quarantine.jsonl`.
+
+    - `run`: its settings say how many rows, which teacher, which seed.
+    - `teacher`: None makes the one that the settings name.
+    - `bank`: None loads the project's topics.
+    - `batch`: requests go out in batches, for half the price; for a teacher that is made here.
+
+    Raises `SocraticError` if five neighbours fail, or a file cannot be written; `RunStopped` where no further request makes sense."""
+    s, bank = run.settings, bank or load_topics()
+    teacher, part, plan = teacher or make_teacher(s, bank, run.path('requests'), batch), run.path('sft.part.jsonl'), plan_rows(bank, s.n, s.seed)
+    client, rows, lost = getattr(teacher, 'client', None), rows_so_far(part), {}
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if client and len(rows) < len(plan):
+        tqdm.write(forecast_words(forecast(plan, teacher, bank, s), client.model, client.ledger.max_cost, client.batch))
+    try:
+        with tqdm(total=len(plan), initial=len(rows), desc='rows', mininterval=1) as bar:
+            while todo := [p for p in plan if p['id'] not in rows and p['id'] not in lost]:
+                _pass(plan, todo, lambda p: make_row(p, teacher, bank, s), client, part, rows, lost, bar)
+                if client and client.pending:
+                    run_batch(client, report=lambda b: bar.set_postfix_str(f'batch {b.status}, {dollars(client.ledger.bill()["cost"])}'))
+    except OSError as e:
+        raise SocraticError(f'{e.filename or part}: {e.strerror or e}; what is done is kept: mend that, and the same command goes on') from None
+    finally:
+        if client: client.close()
+    made = [rows[p['id']] for p in plan if p['id'] in rows]
+    write_jsonl(run.path('quarantine.jsonl'), [lost[p['id']] for p in plan if p['id'] in lost])
+    write_jsonl(run.path('sft.jsonl'), made)
+    part.unlink(missing_ok=True)
+    return made
 
 # %% ../nbs/04_generate.ipynb #7e2bfef3
 def dataset_report(rows:list[dict], bank:TopicBank|None=None)->dict:

@@ -212,7 +212,7 @@ class OpenAITeacher:
 
     - `model`: name of the model.
     - `constitution`: principles by key; None loads the project's own.
-    - `client`: a `Client`; None makes one from the environment."""
+    - `client`: None makes one from the environment."""
     def __init__(self, model:str='gpt-4o', constitution:dict[str, Principle]|None=None, client:Client|None=None):
         self.name, self.model, self.client = f'openai:{model}', model, client or Client(model)
         self.constitution = load_constitution() if constitution is None else constitution
@@ -223,9 +223,7 @@ class OpenAITeacher:
     def task(self, act:str, turn:Turn, reply:str='', on:list[str]|None=None)->str:
         """The words of a request.
 
-        - `act`: `draft`, `critique` or `revise`.
-        - `turn`: what is replied to.
-        - `reply`: what is criticised or revised.
+        - `act`: `draft` a reply to the `turn`, `critique` a `reply` to it, or `revise` that.
         - `on`: lines to be criticised by, or to be mended."""
         said = '\n'.join(f"{'Student' if m['role'] == 'user' else 'Tutor'}: {m['content']}" for m in turn.messages if m['role'] != 'system')
         notes = f'\nTopic: {turn.topic.topic}\nThe answer, which the tutor knows: {turn.topic.answer}' if turn.topic else ''

@@ -174,7 +174,7 @@ def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, 
     without_key(tmp_path)
     shown = capfd.readouterr()
     assert KEY not in shown.out + shown.err and f'{len(lost)} set aside' in shown.err
-    print(f'{len(rows)} rows, {len(lost)} in quarantine, {len(kept)} answers, {client.ledger.counts["retries"]} retries, faults {seen["faults"]}')
+    with capfd.disabled(): print(f'{len(rows)} rows, {len(lost)} in quarantine, {len(kept)} answers, {client.ledger.counts["retries"]} retries, faults {seen["faults"]}')
 
 
 def started(work):
