@@ -427,7 +427,7 @@ class Endpoint:
     - `system`: system prompt; None takes the project's own."""
     arms, tokenizer = ('tuned',), None
     def __init__(self, model:str, client=None, system:str|None=None):
-        from socratic_finetune.teacher import openai_client
+        from socratic_finetune.client import openai_client
         self.model, self.client, self.settings = model, client or openai_client(), settings_for()
         self.system = self.settings.system_prompt if system is None else system
 

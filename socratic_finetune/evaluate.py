@@ -649,7 +649,7 @@ def evaluate(run:Run, tutor=None, judge:Judge|None=None, questions:str|Path|None
     - `adapters`: folders of further adapters, by the name of their arm.
     - `bank`: None loads the project's topics."""
     bank, s = bank or load_topics(), run.settings
-    judge, asked = judge or make_judge(s, bank), questions or s.questions
+    judge, asked = judge or make_judge(s, bank, run.path('requests')), questions or s.questions
     rows = evaluation_questions(bank, asked)
     replies = _collect(run, rows, adapter, adapters, tutor)
     checks = control_replies(rows, bank, s.seed)

@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['REACTIONS', 'SHAREGPT', 'CARD', 'react', 'plan_lesson', 'plan_rows', 'plan_data', 'make_row', 'row_messages',
-           'prompt_completion', 'preference', 'generate', 'near_duplicates', 'openings', 'distinct', 'drop_repeats',
-           'dataset_report', 'dataset_card', 'read_table', 'read_rows']
+           'prompt_completion', 'preference', 'forecast', 'forecast_words', 'rows_so_far', 'made_at_once', 'generate',
+           'near_duplicates', 'openings', 'distinct', 'drop_repeats', 'dataset_report', 'dataset_card', 'read_table',
+           'read_rows']
 
 # %% ../nbs/04_generate.ipynb #26a92f93
 import itertools, json, random
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
+from .client import Pending, RunStopped, Unanswered, dollars, run_batch
 from .config import Run, SocraticError, read_jsonl, settings_for, write_atomic, write_jsonl
 from .constitution import Trail, load_constitution
 from .teacher import DISCOURAGING, MOVE_FOR_KIND, MOVES, Teacher, Turn, make_teacher, phrases, teach
@@ -116,8 +121,8 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
     - `bank`: where the plan's topic is looked up.
     - `settings`: its `system_prompt`, `rounds`, `principles_per_round`.
 
-    Raises `SocraticError` if three drafts of a reply could not be mended."""
-    rng, constitution = random.Random(f"{plan['id']} {settings.seed}"), load_constitution()
+    Raises `SocraticError` if three drafts of a reply could not be mended, or a request got no answer."""
+    rng, constitution = random.Random(f"{plan['id']} {settings.seed}"), getattr(teacher, 'constitution', None) or load_constitution()
     topic = bank[plan['topic']] if plan['topic'] else None
     messages = [dict(role='system', content=settings.system_prompt)]
     for student, move, step in plan['turns']:
@@ -125,6 +130,7 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
         turn = Turn(messages=messages, topic=topic, move=move, step=step, variant=plan['variant'], thing=plan.get('thing', ''))
         for attempts_left in (2, 1, 0):   # what cannot be mended is drafted anew
             try: trail = teach(teacher, turn, constitution, rng, settings.rounds, settings.principles_per_round)
+            except (RunStopped, Unanswered): raise
             except SocraticError:
                 if not attempts_left: raise
             else: break
@@ -175,36 +181,128 @@ def preference(row:dict)->dict|None:
     say = lambda text: [dict(role='assistant', content=text)]
     return dict(prompt=row_messages(row)[:-1], chosen=say(trail.reply), rejected=say(trail.draft))
 
+# %% ../nbs/04_generate.ipynb #ca110001
+def forecast(plan:list[dict], teacher, bank:TopicBank, settings, sample:int=40)->dict:
+    """What a dataset will take, reckoned from the words of some of its rows: a token for four characters, replies of fifty words, one revision each.
+
+    - `plan`: from `plan_rows`.
+    - `teacher`: an `OpenAITeacher`.
+    - `bank`, `settings`: as in `make_row`.
+    - `sample`: rows to look at.
+
+    Returns `requests`, `tokens_in`, `tokens_out` and `cost` in dollars (None where unknown), without what a provider's prompt cache saves."""
+    some, reply, found = plan[::max(1, len(plan)//sample)], ' '.join(['words']*50), []
+    asks = [f'- {p.key}: {p.ask}' for p in teacher.constitution.values()]
+    looks = [('critique', asks[:settings.principles_per_round], 0)]*settings.rounds
+    acts = [('draft', [], 70), *looks, ('revise', asks[:1], 70), ('critique', asks, 0)]
+    for p in some:
+        messages = []
+        for student, move, step in p['turns']:
+            messages.append(dict(role='user', content=student))
+            turn = Turn(messages=messages, topic=bank[p['topic']] if p['topic'] else None, move=move, step=step)
+            found += [((len(teacher.system) + len(teacher.task(act, turn, reply, on)))//4 + 80, out or 22*len(on)) for act, on, out in acts]
+            messages.append(dict(role='assistant', content=reply))
+    scale = len(plan)/max(1, len(some))
+    tokens_in, tokens_out = (round(scale*sum(x)) for x in zip(*found)) if found else (0, 0)
+    price = teacher.client.ledger.price
+    cost = None if price is None else price.cost(tokens_in, tokens_out)
+    return dict(requests=round(scale*len(found)), tokens_in=tokens_in, tokens_out=tokens_out, cost=cost)
+
+def forecast_words(found:dict, model:str, max_cost:float|None=None, batch:bool=False)->str:
+    "A forecast as a sentence."
+    cost = found['cost'] and found['cost']*(0.5 if batch else 1)
+    over = f"; that is more than max_cost=${max_cost:g}, where the run will stop" if cost and max_cost and cost > max_cost else ''
+    return (f"{model}: about {found['requests']:,} requests, {found['tokens_in']/1e6:.2f} million tokens in and {found['tokens_out']/1e6:.2f} out, "
+            f"{dollars(cost)}{over}")
+
+# %% ../nbs/04_generate.ipynb #ca110004
+def rows_so_far(part:Path)->dict[str, dict]:
+    """The rows that an attempt before this one has made, by their id; a last line that was torn when its process died is cut off.
+
+    - `part`: the file of rows under way."""
+    if not part.exists(): return {}
+    whole = part.read_bytes()
+    if not whole.endswith(b'\n'):
+        with open(part, 'r+b') as f: f.truncate(whole.rfind(b'\n') + 1)
+    return {r['id']: r for r in read_jsonl(part)[0]}
+
+def made_at_once(todo:list, make, workers:int=1, stop=None):
+    """Results as they come, from several threads or from this one: pairs of a plan and its row, or the error that it failed with.
+
+    - `todo`: plans.
+    - `make`: makes a row of a plan.
+    - `workers`: rows under way at once; 1 works in this thread, in order.
+    - `stop`: called when the work is broken off, so that what is under way comes to an end.
+
+    Raises `RunStopped` at once."""
+    def attempt(p):
+        try: return make(p)
+        except RunStopped: raise
+        except (SocraticError, Pending) as e: return e
+    if workers == 1:
+        yield from ((p, attempt(p)) for p in todo)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        under_way, coming = {}, iter(todo)
+        try:
+            while True:
+                for p in islice(coming, 2*workers - len(under_way)): under_way[pool.submit(attempt, p)] = p
+                if not under_way: return
+                for f in wait(under_way, return_when=FIRST_COMPLETED).done: yield under_way.pop(f), f.result()
+        except BaseException:
+            if stop: stop()
+            for f in under_way: f.cancel()
+            raise
+
+# %% ../nbs/04_generate.ipynb #ca110006
+def _pass(plan, todo, make, client, part, rows, lost, bar):
+    place = {p['id']: i for i, p in enumerate(plan)}
+    workers, stop = (client.workers, lambda: client.close(stop=True)) if client else (1, None)
+    with open(part, 'a', encoding='utf8') as f, closing(made_at_once(todo, make, workers, stop)) as results:
+        for p, row in results:
+            if isinstance(row, Pending): continue
+            if isinstance(row, SocraticError):
+                lost[p['id']] = dict(id=p['id'], topic=p['topic'], reason=str(row))
+                i = place[p['id']]
+                if any(all(q['id'] in lost for q in plan[j:j+5]) for j in range(max(0, i-4), min(i, len(plan)-5) + 1)):
+                    raise SocraticError(f'five rows in a row failed; the last: {row}')
+            else:
+                rows[p['id']] = row
+                f.write(json.dumps(row, ensure_ascii=False) + '\n')
+                f.flush()
+            bar.update()
+            if client: bar.set_postfix_str(f'{dollars(client.ledger.bill()["cost"])}, {len(lost)} set aside', refresh=False)
+
 # %% ../nbs/04_generate.ipynb #cab2ddfa
-def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None)->list[dict]:
-    """Make the dataset of a run, resuming where an earlier attempt stopped; writes `sft.jsonl` and `quarantine.jsonl`.
+def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch:bool=False)->list[dict]:
+    """Make the dataset of a run, resuming where an earlier attempt stopped; writes `sft.jsonl`, in the plan's order, and `quarantine.jsonl`.
 
     - `run`: its settings say how many rows, which teacher, which seed.
     - `teacher`: None makes the one that the settings name.
     - `bank`: None loads the project's topics.
+    - `batch`: requests go out in batches, for half the price; for a teacher that is made here.
 
-    Raises `SocraticError` if five rows in a row fail."""
+    Raises `SocraticError` if five neighbours fail, or a file cannot be written; `RunStopped` where no further request makes sense."""
     s, bank = run.settings, bank or load_topics()
-    teacher, part, plan = teacher or make_teacher(s, bank), run.path('sft.part.jsonl'), plan_data(bank, s)
-    rows = {r['id']: r for r in (read_jsonl(part)[0] if part.exists() else [])}
-    lost, streak = [], 0
+    teacher, part, plan = teacher or make_teacher(s, bank, run.path('requests'), batch), run.path('sft.part.jsonl'), plan_data(bank, s)
+    client, rows, lost = getattr(teacher, 'client', None), rows_so_far(part), {}
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, 'a', encoding='utf8') as f:
-        for p in tqdm(plan, desc='rows', mininterval=1):
-            if p['id'] in rows: continue
-            try: row, streak = make_row(p, teacher, bank, s), 0
-            except SocraticError as e:
-                lost.append(dict(id=p['id'], topic=p['topic'], reason=str(e)))
-                streak += 1
-                if streak == 5: raise SocraticError(f'five rows in a row failed; the last: {e}') from None
-                continue
-            rows[p['id']] = row
-            f.write(json.dumps(row, ensure_ascii=False) + '\n')
-            f.flush()
-    made = [rows[p['id']] for p in plan if p['id'] in rows]
-    write_jsonl(run.path('quarantine.jsonl'), lost)
+    if client and len(rows) < len(plan):
+        tqdm.write(forecast_words(forecast(plan, teacher, bank, s), client.model, client.ledger.max_cost, client.batch))
+    try:
+        with tqdm(total=len(plan), initial=len(rows), desc='rows', mininterval=1) as bar:
+            while todo := [p for p in plan if p['id'] not in rows and p['id'] not in lost]:
+                _pass(plan, todo, lambda p: make_row(p, teacher, bank, s), client, part, rows, lost, bar)
+                if client and client.pending:
+                    run_batch(client, report=lambda b: bar.set_postfix_str(f'batch {b.status}, {dollars(client.ledger.bill()["cost"])}'))
+    except OSError as e:
+        raise SocraticError(f'{e.filename or part}: {e.strerror or e}; what is done is kept: mend that, and the same command goes on') from None
+    finally:
+        if client: client.close()
+    made, repeats = drop_repeats([rows[p['id']] for p in plan if p['id'] in rows])
+    write_jsonl(run.path('quarantine.jsonl'), [lost[p['id']] for p in plan if p['id'] in lost] + repeats)
     write_jsonl(run.path('sft.jsonl'), made)
-    part.unlink()
+    part.unlink(missing_ok=True)
     return made
 
 # %% ../nbs/04_generate.ipynb #7e2bfef3

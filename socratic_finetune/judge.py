@@ -20,9 +20,10 @@ from typing import Protocol
 import numpy as np
 from pydantic import BaseModel
 
+from .client import Client, RunStopped, client_for
 from .config import Settings, SocraticError, data_path, read_jsonl, write_atomic
 from .constitution import load_constitution
-from .teacher import DISCOURAGING, PRAISE, ask, openai_client
+from .teacher import DISCOURAGING, PRAISE
 from .topics import Topic, TopicBank, contains_phrase, load_topics, questions_in, sentences, words
 
 # %% ../nbs/09_judge.ipynb #87c5c05e
@@ -547,7 +548,9 @@ def judge_row(judge:Judge, row:dict, progress=None)->Judgement:
 
     - `judge`: who judges.
     - `row`: `question`, `reply` and, where known, `context` and `reference`.
-    - `progress`: called with the judgement."""
+    - `progress`: called with the judgement.
+
+    Raises `RunStopped` where no further row could be judged: no key, no server, no money."""
     try:
         if gone := [k for k in ('question', 'reply') if not isinstance(row.get(k), str)]: raise SocraticError(f"no text under {', '.join(gone)}")
         context = row.get('context') or None
@@ -556,6 +559,7 @@ def judge_row(judge:Judge, row:dict, progress=None)->Judgement:
             raise SocraticError('context must be a list of {role, content}')
         if not isinstance(reference := row.get('reference') or None, Topic | str | None): raise SocraticError('reference must be a text')
         found = judge.judge(row['question'], row['reply'], context, reference)
+    except RunStopped: raise
     except SocraticError as e: found = Judgement(error=str(e))
     if progress: progress(found)
     return found
@@ -597,10 +601,9 @@ class OpenAIJudge:
     """A judge behind an OpenAI-compatible endpoint, at temperature 0.
 
     - `model`: name of the model.
-    - `client`: an `openai.OpenAI`; None makes one from the environment.
-    - `workers`: requests under way at once."""
-    def __init__(self, model:str='gpt-4o', client=None, workers:int=8):
-        self.name, self.model, self.client, self.workers = f'openai:{model}', model, client or openai_client(), workers
+    - `client`: a `Client`, whose `workers` say how many requests are under way at once; None makes one from the environment."""
+    def __init__(self, model:str='gpt-4o', client:Client|None=None):
+        self.name, self.model, self.client = f'openai:{model}', model, client or Client(model)
         self.system = '\n'.join([
             'You grade one reply of a tutor. The constitution of a good reply:', *(f'- {p.text}' for p in load_constitution().values()),
             'Give each of these a mark from 0 (not at all) to 1 (fully), and say why in one sentence first:',
@@ -616,23 +619,29 @@ class OpenAIJudge:
         case = json.dumps(dict(context=[dict(role=m['role'], content=plain(m['content'])) for m in context or []], student=question,
             known_answer=known,
                                reply=plain(reply)), ensure_ascii=False)
-        marks = ask(self.client, self.model, self.system, f'The case:\n{case}\nGrade the text under "reply".', Rubric, 0).model_dump()
+        marks = self.client.ask(self.system, f'The case:\n{case}\nGrade the text under "reply".', Rubric, 0).model_dump()
         if odd := [k for k in PARTS if not 0 <= marks[k] <= 1]: raise SocraticError(
             f'{self.model} marked {odd[0]} with {marks[odd[0]]}, not from 0 to 1')
         top = ceiling(question, reply, context, reference)
         return Judgement.of({k: min(marks[k], top[k]) for k in PARTS})
 
     def judge_many(self, rows:list[dict], progress=None)->list[Judgement]:
-        "Judge rows, several at once; see `EmbeddedJudge.judge_many`."
-        with ThreadPoolExecutor(self.workers) as pool: return list(pool.map(lambda r: judge_row(self, r, progress), rows))
+        "Judge rows, several at once; see `EmbeddedJudge.judge_many`. Raises `RunStopped` where no further request makes sense."
+        with ThreadPoolExecutor(self.client.workers) as pool:
+            try: return list(pool.map(lambda r: judge_row(self, r, progress), rows))
+            except BaseException:
+                self.client.close(stop=True)
+                raise
+            finally: self.client.close()
 
 # %% ../nbs/09_judge.ipynb #add3dcbe
-def make_judge(settings:Settings, bank:TopicBank|None=None)->Judge:
+def make_judge(settings:Settings, bank:TopicBank|None=None, folder=None)->Judge:
     """The judge that the settings name.
 
-    - `settings`: its `judge` and `openai_model`.
-    - `bank`: topic bank of the embedded judge."""
-    return EmbeddedJudge(bank) if settings.judge == 'embedded' else OpenAIJudge(settings.openai_model)
+    - `settings`: its `judge`, and for `openai` what `client_for` reads.
+    - `bank`: topic bank of the embedded judge.
+    - `folder`: where a run keeps answered requests."""
+    return EmbeddedJudge(bank) if settings.judge == 'embedded' else OpenAIJudge(settings.openai_model, client_for(settings, folder))
 
 # %% ../nbs/09_judge.ipynb #81636558
 def agreement(a:list, b:list, steps:int=5)->dict[str, float|int|None]:

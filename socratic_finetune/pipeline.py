@@ -295,16 +295,22 @@ def report_command(data_path:Annotated[str | None, typer.Argument(help='a datase
 @app.command('generate')
 def generate_command(n:Annotated[int | None, flag('n', 'rows to make')]=None, run:RunName='demo', profile:Profile=None, teacher:Teacher=None,
                      topics:Annotated[Path | None, flag('topics', 'folder of topic cards of your own')]=None,
-                     output_path:Annotated[Path | None, flag('output_path', 'copy the dataset to this file as well')]=None, set:Set=None):
+                     output_path:Annotated[Path | None, flag('output_path', 'copy the dataset to this file as well')]=None,
+                     max_cost:Annotated[float | None, flag('max_cost', 'dollars that the run may spend on requests')]=None,
+                     workers:Annotated[int | None, flag('workers', 'requests under way at once')]=None,
+                     batch:Annotated[bool, typer.Option('--batch', help="send requests through OpenAI's Batch API: half the price, within a day")]=False,
+                     set:Set=None):
     "The dataset: sft.jsonl in the run folder. Goes on where an earlier attempt stopped."
     from socratic_finetune.generate import generate
     from socratic_finetune.teacher import make_teacher
     from socratic_finetune.topics import load_topics
     bank = load_topics(topics)
-    r = begin_run(run, profile, **{**dict(n=n, teacher=teacher), **parse_settings(set)})
+    r = begin_run(run, profile, **{**dict(n=n, teacher=teacher, max_cost=max_cost, workers=workers), **parse_settings(set)})
     with working_in(r), r.stage('generate') as result:
-        rows = generate(r, make_teacher(r.settings, bank), bank)
+        teacher_ = make_teacher(r.settings, bank, r.path('requests'), batch)
+        rows = generate(r, teacher_, bank)
         result['rows'] = len(rows)
+        if hasattr(teacher_, 'client'): result['requests'] = teacher_.client.ledger.bill()
     if output_path: write_atomic(output_path, r.path('sft.jsonl').read_bytes())
     lost = read_jsonl(r.path('quarantine.jsonl'))[0] if r.path('quarantine.jsonl').exists() else []
     print(f"{len(rows)} rows in {_near(output_path or r.path('sft.jsonl'))}" + (f', {len(lost)} given up (see quarantine.jsonl)' if lost else ''))
