@@ -156,7 +156,7 @@ def without_key(folder):
 @pytest.mark.parametrize('n', [100, pytest.param(1500, marks=SLOW)])
 def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, n):
     server.set(mix=FAULTS, broken=0.03, refused=0.02)
-    plan = plan_rows(BANK, n, 42)
+    plan = plan_data(BANK, settings_for(n=n))
     rows, lost, client = made(server, tmp_path/'run', n)
     ids = [r['id'] for r in rows]
     assert len(ids) == len(set(ids)) and not set(ids) & {x['id'] for x in lost}
@@ -251,7 +251,7 @@ def test_full_disk_loses_nothing(server, tmp_path):
         assert 10 < len(kept) and Run.open(str(disk/'run')).diary
         assert not mount('remount,size=20m')
         rows, lost, _ = made(server, disk/'run', 40, workers=4)
-        assert len(rows) + len(lost) == len(plan_rows(BANK, 40, 42)) and not kept & set(server.get()['log'][so_far:])
+        assert len(rows) + len(lost) == len(plan_data(BANK, settings_for(n=40))) and not kept & set(server.get()['log'][so_far:])
     finally: subprocess.run(['umount', str(disk)])
 
 
@@ -263,7 +263,7 @@ def test_cap_holds_over_attempts_and_the_forecast_is_near(server, tmp_path):
     rows, _, client = made(server, tmp_path/'run', 60, prices=prices)
     assert sum(json.loads(p.read_text())['cost'] for p in (tmp_path/'run'/'requests').glob('*.json')) == pytest.approx(client.ledger.spent)
     assert sum(server.get()['answered'].values()) == len(answers(tmp_path/'run'))
-    foreseen = forecast(plan_rows(BANK, 60, 42), OpenAITeacher('m', client=client), BANK, settings_for(n=60))
+    foreseen = forecast(plan_data(BANK, settings_for(n=60)), OpenAITeacher('m', client=client), BANK, settings_for(n=60))
     assert 0.6 < foreseen['cost']/client.ledger.spent < 1.6, (foreseen, client.ledger.bill())
 
 
