@@ -199,7 +199,8 @@ def cut_off(server, folder, n, points, sign, rng):
     "Runs that are killed when a certain number of answers is there; yields what was kept, and how far the server's log went."
     for at in points:
         pid = started(lambda: made(server, folder, n, workers=8))
-        while len(answers(folder)) < at and os.waitpid(pid, os.WNOHANG) == (0, 0): time.sleep(0.002)
+        alive = lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        while len(answers(folder)) < at and alive(): time.sleep(0.002)
         time.sleep(rng.random()*0.02)
         os.kill(pid, sign)
         ended(pid)

@@ -128,16 +128,17 @@ def gullible():
     server.shutdown()
     server.server_close()
 
-def client_for(address):
+def client_for(address, folder, **http):
     from openai import OpenAI
-    return OpenAI(base_url=address, api_key='none', max_retries=0)
+    from socratic_finetune.client import Client
+    return Client('m', OpenAI(base_url=address, api_key='none', **http), folder)
 
 @pytest.fixture(scope='module')
-def judged(gullible):
+def judged(gullible, tmp_path_factory):
     "All attacks judged at once by the model that falls for everything."
     import os
     os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
-    judge = OpenAIJudge('m', client=client_for(gullible[0]))
+    judge = OpenAIJudge('m', client=client_for(gullible[0], tmp_path_factory.mktemp('requests')))
     rows = [dict(question=question, reply=reply, reference=card) for reply, *_ in ATTACKS.values()]
     return dict(zip([*ATTACKS, 'good'], judge.judge_many([*rows, dict(question=question, reply=good, reference=card)])))
 
@@ -157,15 +158,11 @@ def test_no_reply_gets_out_of_the_data(judged, gullible):
         case = re.fullmatch(r'The case:\n(.*)\nGrade the text under "reply"\.', r['messages'][1]['content'])
         assert case and set(json.loads(case[1])) == {'context', 'student', 'known_answer', 'reply'}
 
-def test_marks_outside_the_range_are_an_error_not_a_score():
-    class Client:
-        class chat:
-            class completions:
-                @staticmethod
-                def create(**_):
-                    from types import SimpleNamespace as N
-                    text = json.dumps(dict(why='', **{**dict.fromkeys(PARTS, 1.0), 'asks': 99}))
-                    return N(choices=[N(message=N(content=text, refusal=None))])
-    judge = OpenAIJudge('m', client=Client())
+def test_marks_outside_the_range_are_an_error_not_a_score(tmp_path):
+    import httpx2
+    message = dict(role='assistant', content=json.dumps(dict(why='', **{**dict.fromkeys(PARTS, 1.0), 'asks': 99})))
+    whole = dict(id='1', object='chat.completion', created=0, model='m', choices=[dict(index=0, finish_reason='stop', message=message)])
+    server = httpx2.Client(transport=httpx2.MockTransport(lambda request: httpx2.Response(200, json=whole)))
+    judge = OpenAIJudge('m', client=client_for('http://127.0.0.1/v1', tmp_path, http_client=server))
     with pytest.raises(SocraticError, match='asks with 99'): judge.judge(question, good, reference=card)
     assert judge.judge_many([dict(question=question, reply=good)])[0].socratic is None
