@@ -5,7 +5,7 @@ Nothing is executed but export, import and show_doc cells: outputs are those tha
 import ast, re, shutil, subprocess, sys
 from pathlib import Path
 
-import nbdev.processors, nbformat, yaml
+import jupyter_server_mathjax, nbdev.processors, nbformat, yaml
 from docutils.nodes import make_id
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
@@ -112,6 +112,7 @@ def main():
     processed = proc_nbs(force=True, n_workers=0)   # in this process, where `defines` is in force
     shutil.rmtree(SOURCE.parent, ignore_errors=True)
     shutil.copytree(ROOT/'.docs'/'_static', SOURCE/'_static')
+    shutil.copytree(Path(jupyter_server_mathjax.__file__).parent/'static', SOURCE/'_static'/'mathjax')   # so that a reader asks no other host for it
     pages = {f.relative_to(processed):
              bridge(nbformat.read(f, 4), nbformat.read(config.nbs_path/f.relative_to(processed), 4)) for f in sorted(processed.rglob('*.ipynb'))}
     link_pages(pages)
