@@ -36,7 +36,7 @@ demo: $(READY) ## the whole pipeline on the pocket model, about four minutes
 	@$(IN) $(BIN)/socratic run --profile $(PROFILE) --run $(RUN)
 
 test: $(READY) ## every notebook as a test, and tests/
-	@$(IN) $(BIN)/python -m pytest tests
+	@$(IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup
 
 lab: $(READY) ## JupyterLab at the first notebook
 	@$(IN) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/$(if $(wildcard nbs/index.ipynb),index,00_config).ipynb $(ROOT)

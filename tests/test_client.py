@@ -17,6 +17,7 @@ from socratic_finetune.teacher import OpenAITeacher, Reply
 from socratic_finetune.topics import load_topics
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group('client')   # one server for all of them
 BANK = load_topics()
 KEY = 'sk-' + 'test-0123456789-only-for-this-file'
 SLOW = pytest.mark.skipif(not os.environ.get('SLOW'), reason='takes a while: SLOW=1 runs it')
