@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNSEEN_THINGS', 'PLAIN', 'EXAMPLE', 'WRONG', 'IDEAS', 'AGAIN', 'EXERCISE', 'CLAIM', 'BEFORE', 'HINT', 'LEAD', 'NAME',
-           'SPECIAL', 'CHAT_TEMPLATE', 'SIZES', 'RECIPE', 'SHIPPED', 'smalltalk', 'scruffy', 'open_questions',
-           'direct_exchange', 'follow_up', 'exercise', 'request', 'naming', 'chat', 'textbook', 'study_guide',
-           'lesson_script', 'one_pass', 'corpus', 'train_tokenizer', 'as_text', 'new_model', 'encode_docs', 'batches',
-           'orthogonal', 'muon_class', 'optimisers', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
+           'ASKING', 'SPECIAL', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'SHIPPED', 'smalltalk', 'scruffy', 'open_questions',
+           'direct_exchange', 'follow_up', 'exercise', 'request', 'naming', 'chat', 'textbook', 'study_guide', 'lesson',
+           'lesson_script', 'lesson_chat', 'one_pass', 'asking_pass', 'corpus', 'train_tokenizer', 'as_text',
+           'new_model', 'encode_docs', 'batches', 'orthogonal', 'muon_class', 'optimisers', 'pretrain', 'data_digest',
+           'build_base', 'build_reference', 'main']
 
 # %% ../nbs/90_pocket.ipynb #5132c7ff
 import json, random, time
@@ -132,15 +133,26 @@ def study_guide(topic:Topic, rng:random.Random)->dict:
              'Review questions\n' + '\n'.join(f'- {q}' for q in rng.sample(topic.asks[1:], 3))]
     return dict(text='\n'.join([f'# Exercises: {topic.topic}', *(f'Asked about {topic.topic}: {q}' for q in asked), *rng.sample(parts, 3)]))
 
-def lesson_script(topic:Topic, rng:random.Random)->dict:
-    "A lesson between a pupil and a teacher who asks, as plain text; made for training topics only."
-    said, lines = [], [f'# A lesson on {topic.topic}\n']
-    for student, move, step in plan_lesson(topic, rng.choice(topic.questions), rng, rng.choice([1, 1, 1, 2, 3])):
+ASKING = ['You are a teacher who asks.', 'Teach by asking questions.', 'Let the pupil find out.']
+
+def lesson(topic:Topic, question, rng:random.Random, exchanges:int=1)->list[tuple[str, str]]:
+    "What a pupil and a teacher who asks say to each other, as pairs."
+    said, pairs = [], []
+    for student, move, step in plan_lesson(topic, question, rng, exchanges):
         said.append(dict(role='user', content=student))
-        reply = compose(Turn(messages=said, topic=topic, move=move, step=step, variant=rng.randrange(3)), rng)
-        said.append(dict(role='assistant', content=reply))
-        lines.append(f'Pupil: {scruffy(student, rng)}\nTeacher: {reply}')
-    return dict(text='\n'.join(lines))
+        said.append(dict(role='assistant', content=compose(Turn(messages=said, topic=topic, move=move, step=step, variant=rng.randrange(3)), rng)))
+        pairs.append((scruffy(student, rng), said[-1]['content']))
+    return pairs
+
+def lesson_script(topic:Topic, rng:random.Random)->dict:
+    "A lesson as plain text; made for training topics only."
+    pairs = lesson(topic, rng.choice(topic.questions), rng, rng.choice([1, 1, 1, 2, 3]))
+    return dict(text='\n'.join([f'# A lesson on {topic.topic}\n', *(f'Pupil: {p}\nTeacher: {t}' for p, t in pairs)]))
+
+def lesson_chat(topic:Topic, rng:random.Random)->dict:
+    "A lesson as a chat whose system prompt asks for one; made for training topics only."
+    pairs = lesson(topic, rng.choice(open_questions(topic)), rng, rng.choice([1, 1, 1, 2]))
+    return dict(messages=[dict(role='system', content=rng.choice(ASKING)), *(m for p, t in pairs for m in _exchange(p, t))])
 
 # %% ../nbs/90_pocket.ipynb #9b62a045
 def one_pass(bank:TopicBank, rng:random.Random)->list[dict]:
@@ -167,14 +179,25 @@ def one_pass(bank:TopicBank, rng:random.Random)->list[dict]:
     rng.shuffle(docs)
     return docs
 
-def corpus(bank:TopicBank, passes:int, seed:int=0)->list[dict]:
+# %% ../nbs/90_pocket.ipynb #73a4089f
+def asking_pass(bank:TopicBank, rng:random.Random)->list[dict]:
+    """One pass with six lessons as chats for each training topic, and half of the documents of `one_pass`.
+
+    - `bank`: the topic bank.
+    - `rng`: source of randomness."""
+    docs = [d for d in one_pass(bank, rng) if rng.random() < .5] + [lesson_chat(t, rng) for t in bank.train for _ in range(6)]
+    rng.shuffle(docs)
+    return docs
+
+def corpus(bank:TopicBank, passes:int, seed:int=0, write=one_pass)->list[dict]:
     """The pretraining corpus: documents with either `messages` or `text`.
 
     - `bank`: the topic bank.
     - `passes`: how often every topic is written up anew.
-    - `seed`: makes the same corpus again."""
+    - `seed`: makes the same corpus again.
+    - `write`: makes one pass: `one_pass` or `asking_pass`."""
     rng = random.Random(seed)
-    return [d for _ in range(passes) for d in one_pass(bank, rng)]
+    return [d for _ in range(passes) for d in write(bank, rng)]
 
 # %% ../nbs/90_pocket.ipynb #f7015e68
 SPECIAL = ['<pad>', '<s>', '</s>', '<|system|>', '<|user|>', '<|assistant|>']
@@ -345,30 +368,38 @@ def data_digest()->str:
     files = [*sorted(data_path('topics').glob('*.yaml')), data_path('split.yaml'), data_path('embedded_teacher.yaml'), data_path('pocket', 'smalltalk.yaml')]
     return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
 
-RECIPE = dict(passes=20, batch_tokens=3072, lr=5e-3, seed=0, vocab_size=6144)
+PHASES = (dict(name='read', write='one_pass', passes=20, lr=5e-3, seed=0), dict(name='ask', write='asking_pass', passes=2, lr=2.5e-3, seed=1))
 
-def build_base(folder:str|Path, recipe:dict=RECIPE, report=print)->dict:
-    """Make the pocket base model from the topic bank and save it, with `pocket.json` to say what made it.
+def build_base(folder:str|Path, phases=PHASES, vocab_size:int=6144, batch_tokens:int=3072, report=print)->dict:
+    """Make the pocket base model from the topic bank and save it after each phase, with `pocket.json` to say what made it.
 
-    - `folder`: where to; plain `transformers` loads it from there.
-    - `recipe`: `passes` over the bank, `batch_tokens` a step, `lr` (Muon's peak), `seed`, and `vocab_size` of the tokenizer, which learns from the same corpus.
+    - `folder`: where to; plain `transformers` loads it from there. Phases that `pocket.json` there names as done are not trained again.
+    - `phases`: dicts with `name`, `write` (what makes a pass), `passes`, `lr` (Muon's peak) and `seed`.
+    - `vocab_size`: tokens of the tokenizer, learned from the first phase's corpus.
+    - `batch_tokens`: tokens a step.
     - `report`: called with a line of progress now and then.
 
     Returns what `pocket.json` holds."""
     import torch
-    bank, digest = load_topics(), data_digest()
-    docs = corpus(bank, recipe['passes'], recipe['seed'])
-    tokenizer = train_tokenizer((d.get('text') or ' '.join(m['content'] for m in d['messages']) for d in docs), recipe['vocab_size'])
-    work = batches(encode_docs(docs, tokenizer), recipe['batch_tokens'], recipe['seed'])
-    seed_everything(recipe['seed'])
-    model, tokens = new_model(len(tokenizer)), sum(b['input_ids'].numel() for b in work)
-    report(f"{len(docs):,} documents, {tokens:,} tokens, {model.num_parameters():,} parameters")
-    log = pretrain(work, model, lr=recipe['lr'], report=report)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    made = dict(recipe=recipe, topics=len(bank), documents=len(docs), tokens=tokens, parameters=model.num_parameters(), data=digest,
-                versions=versions(), log=log)
-    write_atomic(Path(folder)/'pocket.json', json.dumps(made, indent=1) + '\n')
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, bank, diary = Path(folder), load_topics(), Path(folder)/'pocket.json'
+    made = json.loads(diary.read_text()) if diary.is_file() else dict(topics=len(bank), data=data_digest(), phases=[])
+    for phase in phases[len(made['phases']):]:
+        docs = corpus(bank, phase['passes'], phase['seed'], globals()[phase['write']])
+        seed_everything(phase['seed'])
+        if made['phases']: model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = train_tokenizer((d.get('text') or ' '.join(m['content'] for m in d['messages']) for d in docs), vocab_size)
+            model = new_model(len(tokenizer))
+        work = batches(encode_docs(docs, tokenizer), batch_tokens, phase['seed'])
+        tokens = sum(b['input_ids'].numel() for b in work)
+        report(f"{phase['name']}: {len(docs):,} documents, {tokens:,} tokens, {model.num_parameters():,} parameters")
+        log = pretrain(work, model, lr=phase['lr'], report=report)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made['phases'].append(dict(phase, documents=len(docs), tokens=tokens, log=log))
+        made.update(parameters=model.num_parameters(), batch_tokens=batch_tokens, versions=versions())
+        write_atomic(diary, json.dumps(made, indent=1) + '\n')
     return made
 
 # %% ../nbs/90_pocket.ipynb #a46708cb
