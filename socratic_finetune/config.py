@@ -186,7 +186,7 @@ class Run:
             new = run.settings.model_dump(mode='json')
             if other := [f'{k}={old.get(k)!r}, not {new[k]!r}' for k in new if old.get(k) != new[k] and k not in HOW]:
                 raise SocraticError(f"run {name!r} was begun with {'; '.join(other)}: choose another run name, or delete {folder}")
-            if old != new: run._write({**run.diary, 'settings': new})
+            if settings is not None and old != new: run._write({**run.diary, 'settings': new})
         elif settings is None: raise SocraticError(f'{folder} holds no run: begin one with `socratic run --run {name}`')
         else: run._write(dict(settings=settings.model_dump(mode='json'), versions=versions(), stages={}))
         return run
