@@ -131,12 +131,12 @@ def server(process):
     return process
 
 
-def base(server, timeout=1.):
+def base(server, timeout):
     from openai import OpenAI
     return OpenAI(base_url=server.address, api_key=KEY, timeout=timeout)
 
 
-def client_for(server, folder, **more): return Client('m', base(server), folder, **{'workers': 32, 'pause': 0.02, 'spent': None, **more})
+def client_for(server, folder, timeout=20., **more): return Client('m', base(server, timeout), folder, **{'workers': 32, 'pause': 0.02, 'spent': None, **more})
 
 
 def made(server, folder, n, **more):
@@ -158,7 +158,7 @@ def without_key(folder):
 def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, n):
     server.set(mix=FAULTS, broken=0.03, refused=0.02)
     plan = plan_data(BANK, settings_for(n=n))
-    rows, lost, client = made(server, tmp_path/'run', n)
+    rows, lost, client = made(server, tmp_path/'run', n, timeout=1.)
     ids = [r['id'] for r in rows]
     assert len(ids) == len(set(ids)) and not set(ids) & {x['id'] for x in lost}
     assert {*ids, *(x['id'] for x in lost)} == {p['id'] for p in plan}
