@@ -55,13 +55,15 @@ class Judgement(BaseModel):
 
     @classmethod
     def of(cls, parts:dict[str, float])->'Judgement':
-        "The judgement that parts add up to."
+        """The judgement that parts add up to.
+
+        - `parts`: all eight parts; each is cut to the range from 0 to 1."""
         parts = {k: round(min(max(float(parts[k]), 0.), 1.), 4) for k in PARTS}
         socratic, helpful = combine(parts)
         return cls(socratic=round(socratic, 4), helpful=round(helpful, 4), parts=parts)
 
 class Judge(Protocol):
-    "Scores tutor replies."
+    "Scores tutor replies; the parameters are told at `EmbeddedJudge`."
     name: str
     def judge(self, question:str, reply:str, context:list[dict]|None=None, reference:Topic|str|None=None)->Judgement: ...
     def judge_many(self, rows:list[dict], progress=None)->list[Judgement]: ...
@@ -177,17 +179,24 @@ class CardWords:
 
     @staticmethod
     def of(card:Topic)->frozenset[str]:
-        "All telling words of a card."
-        return stems(' '.join([card.topic, *card.aliases, card.answer, *card.key_ideas, card.knows, *card.guiding, card.hint, card.everyday,
-            card.check,
+        """All telling words of a card.
+
+        - `card`: the topic card."""
+        return stems(' '.join([card.topic, *card.aliases, card.answer, *card.key_ideas, *(text for _, text in card.guidance()), *card.insights,
                                *(x for q in card.questions for x in (q.text, q.answer or ''))]))
 
     def weight(self, found)->float:
-        "The telling words' weights, added up."
+        """The weights of telling words, added up.
+
+        - `found`: the words, as `stems` gives them."""
         return sum(self.idf.get(w, self.rare) for w in found)
 
     def about(self, text:str, card:Topic, more:frozenset[str]=frozenset())->float:
-        "How far a text is about this card rather than another, from 0 to 1; `more` are words that count as the card's."
+        """How far a text is about this card rather than another, from 0 to 1.
+
+        - `text`: any string, plain.
+        - `card`: the topic card.
+        - `more`: words that count as the card's."""
         s = stems(text)
         if not s: return 0.3
         own = self.weight(s & (self.own[self.row[card.topic]] if card.topic in self.row else self.of(card)) | (s & more))
@@ -335,17 +344,17 @@ def _numbers(text, asked, stated, last, question, before, student, answer):
     there, stated_n, secret = bool(G), set(numbers(stated)), set(G) - known
     results = numbers(' '.join(re.findall(r'(?:=|\bis|equals|get|gives|are|be)\s+\$?([\d.,/]+)', text)))
     return {'numbers': math.log(len(R) + 1), 'new numbers': min(len(new), 4), 'a new number': bool(new), 'new number stated': bool(stated_n - known),
-            'new number asked': bool(set(numbers(asked)) - known), 'answer known': there, 'final number': final in R, 'final number, new': final in R
-                and final not in known,
-            'final number stated': final in stated_n and final not in S, 'final number last': final in numbers(last), 'student had it': final in S,
-                'student has it': final in Q,
+            'new number asked': bool(set(numbers(asked)) - known), 'answer known': there, 'final number': final in R,
+            'final number, new': final in R and final not in known,
+            'final number stated': final in stated_n and final not in S, 'final number last': final in numbers(last),
+            'student had it': final in S, 'student has it': final in Q,
             'share of secret numbers': len(secret & R)/len(secret) if secret else 0, 'secret numbers': min(len(secret & R), 3),
             'new, not of the answer': there and bool(new - set(G)), 'new, answer unknown': (not there)*min(len(new), 3),
             'new stated, answer unknown': not there and bool(stated_n - known), 'numbers, answer unknown': (not there)*math.log(len(R) + 1),
             'equals signs': min(text.count('='), 3), 'sums': min(len(re.findall(r'\d\s*[-+*/x×÷]\s*\d', text)), 3),
             'a result': bool(re.search(r'=\s*\$?\d|\b(is|equals|get|gives|are)\s+\$?\d', text)), 'a new result': any(x in new for x in results),
-            "student's number": own in R, "numbers of the student's turn": min(len(Q & R), 3), "share of student's numbers": len(R & S)/len(R) if R
-                else 0}
+            "student's number": own in R, "numbers of the student's turn": min(len(Q & R), 3),
+            "share of student's numbers": len(R & S)/len(R) if R else 0}
 
 # %% ../nbs/09_judge.ipynb #1751079c
 def _share(a, b): return len(a & b)/len(a) if a else 0.
@@ -353,19 +362,17 @@ def _share(a, b): return len(a & b)/len(a) if a else 0.
 def _overlaps(text, asked, stated, question, before, tutor, student_turns, answer):
     r, c, q, g = stems(text), stems(before) | stems(question), stems(question), stems(answer)
     return {'reply in context': _share(r, c), "reply in student's turn": _share(r, q), "student's turn in reply": _share(q, r),
-        'reply in answer': _share(r, g),
-            'answer in reply': _share(g - q, r), 'reply in problem': _share(r, stems(tutor[0]) if tutor else q),
-                'reply in last turn': _share(r, stems(tutor[-1]) if tutor else q),
-            'shared words': min(len(r & c), 8), 'fresh words': min(len(r - c), 15)/5, 'shares nothing': not (r & c)
-                and not set(numbers(text)) & set(numbers(before)),
-            'question in context': _share(stems(asked), c), 'secret words': min(len((g - c) & r), 3), 'asks nothing, answer unknown': not answer
-                and not asked,
+            'reply in answer': _share(r, g), 'answer in reply': _share(g - q, r), 'reply in problem': _share(r, stems(tutor[0]) if tutor else q),
+            'reply in last turn': _share(r, stems(tutor[-1]) if tutor else q), 'shared words': min(len(r & c), 8),
+            'fresh words': min(len(r - c), 15)/5, 'shares nothing': not (r & c) and not set(numbers(text)) & set(numbers(before)),
+            'question in context': _share(stems(asked), c), 'secret words': min(len((g - c) & r), 3),
+            'asks nothing, answer unknown': not answer and not asked,
             'turns': min(len(tutor) + len(student_turns), 10)/5, 'turns, log': math.log(len(tutor) + len(student_turns) + 1), 'late': len(tutor) > 4,
             "student's words": math.log(len(words(question)) + 1), 'student asks': '?' in question, 'student gives a number': bool(numbers(question)),
             'student gives in': bool(re.search(r"don'?t (know|understand|get)|not sure|confus|sorry|oh|i see|you'?re right|makes sense|thank",
                 question, re.I)),
             'says it again': max([_share(r, stems(x)) for x in tutor[1:]] or [0]),
-                'line of the answer': max([_share(stems(x), r) for x in sentences(answer)] or [0]),
+            'line of the answer': max([_share(stems(x), r) for x in sentences(answer)] or [0]),
             'student repeats': len(student_turns) > 1 and numbers(student_turns[-1])[-1:] == numbers(student_turns[-2])[-1:]}
 
 # %% ../nbs/09_judge.ipynb #b46887c6
@@ -445,7 +452,7 @@ TO_JUDGE = re.compile('|'.join((
     r"\b(dear|attention|note to( the)?|hey|message to( the)?|to the) (judge|grader|evaluator|examiner|rater|assessor)\b",
     r"\b(you are|act as|as) (now )?(an? |the )?(ai )?(judge|grader|evaluator|language model|jailbroken)\b",
     r"\b((this|my|above|following) (tutor )?(reply|response)|the reply) (is|was|deserves|earns|merits|has|meets|satisfies|fulfils|should|must|"
-    r"gets|scores)\b",
+    r"gets|scores)\b(?! about\b)",
     r"\b(socratic|helpful|asks|keeps|foothold|to_do|encourages)\b[\"']? ?[:=] ?[\"']?([01](\.\d+)?|max|full|high|true|yes)\b",
     r"(^|[.!?\])>|*\"] ?)(system|developer|judge|grader) ?(prompt|message|note|override)?:",
     r"\bnew (system )?(instructions?|rubric)\b",
@@ -456,6 +463,11 @@ def speaks_to_judge(text:str)->bool:
 
     - `text`: the reply, plain."""
     return bool(TO_JUDGE.search(text))
+
+def _withheld(parts, text):
+    "The parts that a reply loses which speaks to a grader, says nothing, or cannot be read."
+    if not words(text) or speaks_to_judge(text): return dict(asks=0, about=0, foothold=0, to_do=0)
+    return {k: 0.3*parts[k] for k in ('asks', 'foothold', 'to_do')} if parts['clear'] < 0.2 else {}
 
 # %% ../nbs/09_judge.ipynb #bf0490a7
 class EmbeddedJudge:
@@ -489,9 +501,7 @@ class EmbeddedJudge:
                      encourages=0. if DISCOURAGING.search(text) else max(warmth(text), 0.6 + 0.4*rated['encourages']))
         if card: parts = rules | by_card(self.index, card, question, text, said, asks, q, rated)
         else: parts = rules | by_ratings(text, said, before, answer, q, rated, self.model.telling(found, text), rules['right'])
-        if not words(text) or speaks_to_judge(text): parts |= dict(asks=0, about=0, foothold=0, to_do=0)
-        elif parts['clear'] < 0.2: parts |= {k: 0.3*parts[k] for k in ('asks', 'foothold', 'to_do')}     # what cannot be read does not guide
-        return Judgement.of(parts)
+        return Judgement.of(parts | _withheld(parts, text))
 
     def judge_many(self, rows:list[dict], progress=None)->list[Judgement]:
         """Judge rows with the keys `question`, `reply` and, where known, `context` and `reference`.
@@ -518,8 +528,10 @@ def by_card(index:CardWords, card:Topic, question:str, text:str, said:str, asks:
     parts = dict(keeps=1 - telling(card, question, text, said), about=about, foothold=max(given, 0.7*about*asks, 0.4 if CUE.search(text) else 0.),
                  to_do=do*(0.5 + 0.5*rated['acts']))
     kind, first = next((x.kind for x in card.questions if x.text == question), None), sentences(text)[0] if text else ''
+    first = re.sub(r'^\W*all right\b', '', first, flags=re.I)                       # an opening, and no agreement
     agrees = kind == 'guess' and PRAISE.search(first) and not re.search(r"\b(not|isn't|doesn't|suppose|if|whether|were)\b", first, re.I)
-    believes = contains_phrase(statements, card.misconception) and not re.search(r'\b(not|many people|myth|mistake)\b', statements, re.I)
+    believes = any(contains_phrase(statements, x) for x in (card.misconception, card.slip)) and not re.search(
+        r'\b(not|many people|myth|mistake|you (say|said|guess|guessed|think|wrote))\b', statements, re.I)
     return parts | (dict(right=0.2) if agrees or believes else {})
 
 # %% ../nbs/09_judge.ipynb #ff15c4c5
