@@ -568,10 +568,10 @@ body[data-voila] .sf-chat{margin:0 auto!important}
  border:1px solid var(--line)}
 .sf-chat .sf-compose button{flex:0 0 auto;height:40px;line-height:40px;width:auto;min-width:76px;margin:0;border-radius:10px;font-size:14px}
 .sf-actions{flex-wrap:wrap;gap:4px 6px;padding-top:6px}
-.sf-chat .sf-actions button{width:auto;height:28px;line-height:26px;margin:0;padding:0 10px;background:transparent;border:1px solid var(--line);
+.sf-chat .sf-actions button,.sf-chat .sf-fold>button{width:auto;height:28px;line-height:26px;margin:0;padding:0 10px;background:transparent;border:1px solid var(--line);
  border-radius:6px;
  color:var(--ink);box-shadow:none;font-size:13px}
-.sf-chat .sf-actions button:hover:enabled{background:var(--soft)}
+.sf-chat .sf-actions button:hover:enabled,.sf-chat .sf-fold>button:hover{background:var(--soft)}
 .sf-chat button:disabled{opacity:.45;cursor:default}
 
 .sf-chat button:focus-visible,.sf-chat input:focus-visible,.sf-chat textarea:focus-visible,
@@ -583,9 +583,7 @@ body[data-voila] .sf-chat{margin:0 auto!important}
 @keyframes sf-beat{to{opacity:.15}}
 @media (prefers-reduced-motion:reduce){.sf-busy::before{animation:none}}
 .sf-hidden{position:absolute!important;width:1px;height:1px;overflow:hidden!important;clip-path:inset(50%)}
-.sf-fold{margin-top:6px!important}.sf-fold .jupyter-widget-Collapse-header{background:transparent;color:var(--ink);border:0;padding:4px 0;
- font-size:13px}
-.sf-fold .jupyter-widget-Collapse-contents{background:transparent;color:var(--ink);border:0;padding:4px 0}
+.sf-fold{padding-top:6px}
 .sf-form{gap:4px}.sf-form>*{width:min(100%,520px)!important}
 @container (max-width:520px){.sf-pane.widget-vbox{flex-basis:100%}.sf-you{max-width:96%}.sf-chat .sf-compose button{min-width:60px;padding:0 8px}}
 </style>"""
@@ -679,7 +677,7 @@ def sampling_form(chat:Chat):
 
     - `chat`: its `sampling` and its conversation's `system` follow the controls.
 
-    Returns a folded ipywidgets accordion."""
+    Returns a widget: a button that unfolds them, which unlike an accordion's head can be reached by keyboard."""
     import ipywidgets as w
     s, wide = chat.sampling, dict(style={'description_width': '150px'})
     controls = dict(
@@ -694,9 +692,11 @@ def sampling_form(chat:Chat):
     for name, c in controls.items(): c.observe(lambda change, name=name: chat.sampling.__setitem__(name, change['new']), 'value')
     system.observe(lambda change: setattr(chat.conversation, 'system', change['new'].strip()), 'value')
     form = _classed(w.VBox([*controls.values(), system]), 'sf-form')
-    fold = _classed(w.Accordion([form], selected_index=None), 'sf-fold')
-    fold.set_title(0, 'Sampling and system prompt')
-    return fold
+    fold = w.ToggleButton(description='▸ Sampling and system prompt', tooltip='Show or hide them')
+    def unfold(change): form.layout.display, fold.description = (None, '▾' + fold.description[1:]) if change['new'] else ('none', '▸' + fold.description[1:])
+    fold.observe(unfold, 'value')
+    form.layout.display = 'none'
+    return _classed(w.VBox([fold, form]), 'sf-fold')
 
 def default_sampling(tutor, given:dict)->dict:
     "Every sampling control with a value: what is given, else greedy replies of the settings' length."
