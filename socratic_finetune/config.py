@@ -76,7 +76,8 @@ class Settings(BaseModel):
 # %% ../nbs/00_config.ipynb #eac2e12c
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
-                   dtype='float32', n=1000, learning_rate=3e-3, epochs=3, batch_size=8, accumulation=1, max_grad_norm=0.3, max_new_tokens=96),
+                   dtype='float32', n=1000, lora_dropout=0., learning_rate=2e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3,
+                   max_new_tokens=96),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }
 
