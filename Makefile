@@ -41,8 +41,8 @@ test: $(READY) ## every notebook as a test, and tests/
 lab: $(READY) ## JupyterLab at the first notebook
 	@$(IN) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/$(if $(wildcard nbs/index.ipynb),index,00_config).ipynb $(ROOT)
 
-chat: $(READY) ## talk to base and tutor side by side, in the browser (`socratic chat` is the terminal's)
-	@$(IN) $(BIN)/python -m socratic_finetune.chat --run $(RUN)
+chat: $(READY) ## talk to the tutor in the terminal
+	@$(IN) $(BIN)/socratic chat --run $(RUN)
 
 docs: $(READY) ## the site, into _docs/
 	@$(IN) $(BIN)/python .docs/build.py

@@ -47,6 +47,7 @@ class Settings(BaseModel):
     # data
     teacher: Literal['embedded', 'openai'] = Field('embedded', description='who drafts, criticises and revises replies')
     n: int = Field(1000, ge=1, description='rows of training data to make')
+    opening: Literal['varied', 'named'] = Field('varied', description='how the embedded teacher begins a first reply: in many ways, or by naming the topic')
     rounds: int = Field(1, ge=1, le=5, description='critique-and-revise rounds a draft goes through')
     principles_per_round: int = Field(4, ge=1, description='principles, drawn at random, that one round looks at')
     openai_model: str = Field('gpt-4o', description='model name sent to the OpenAI-compatible endpoint')
@@ -76,7 +77,7 @@ class Settings(BaseModel):
 # %% ../nbs/00_config.ipynb #eac2e12c
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
-                   dtype='float32', n=1000, lora_dropout=0., learning_rate=2e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3,
+                   dtype='float32', opening='named', n=1000, lora_dropout=0., learning_rate=1e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3,
                    max_new_tokens=96),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }

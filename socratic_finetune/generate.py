@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REACTIONS', 'SHAREGPT', 'CARD', 'react', 'plan_lesson', 'plan_rows', 'plan_data', 'make_row', 'row_messages',
-           'prompt_completion', 'preference', 'forecast', 'forecast_words', 'rows_so_far', 'made_at_once', 'generate',
-           'near_duplicates', 'openings', 'distinct', 'drop_repeats', 'dataset_report', 'dataset_card', 'read_table',
+           'prompt_completion', 'preference', 'near_duplicates', 'openings', 'distinct', 'drop_repeats', 'forecast',
+           'forecast_words', 'rows_so_far', 'made_at_once', 'generate', 'dataset_report', 'dataset_card', 'read_table',
            'read_rows']
 
 # %% ../nbs/04_generate.ipynb #26a92f93
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .client import Pending, RunStopped, Unanswered, dollars, run_batch
-from .config import Run, SocraticError, read_jsonl, settings_for, write_atomic, write_jsonl
+from .config import Run, SocraticError, data_path, read_jsonl, settings_for, write_atomic, write_jsonl
 from .constitution import Trail, load_constitution
 from .teacher import DISCOURAGING, MOVE_FOR_KIND, MOVES, Teacher, Turn, make_teacher, phrases, teach
 from .topics import Question, Topic, TopicBank, load_topics, questions_in, words
@@ -127,7 +127,8 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
     messages = [dict(role='system', content=settings.system_prompt)]
     for student, move, step in plan['turns']:
         messages.append(dict(role='user', content=student))
-        turn = Turn(messages=messages, topic=topic, move=move, step=step, variant=plan['variant'], thing=plan.get('thing', ''))
+        turn = Turn(messages=messages, topic=topic, move=move, step=step, variant=plan['variant'], thing=plan.get('thing', ''),
+                    named=settings.opening == 'named')
         for attempts_left in (2, 1, 0):   # what cannot be mended is drafted anew
             try: trail = teach(teacher, turn, constitution, rng, settings.rounds, settings.principles_per_round)
             except (RunStopped, Unanswered): raise
@@ -180,6 +181,51 @@ def preference(row:dict)->dict|None:
     if not trail.changed: return None
     say = lambda text: [dict(role='assistant', content=text)]
     return dict(prompt=row_messages(row)[:-1], chosen=say(trail.reply), rejected=say(trail.draft))
+
+# %% ../nbs/04_generate.ipynb #7e2bfef3
+def near_duplicates(texts:list[str], threshold:float=0.8, width:int=3)->list[tuple[int, int]]:
+    """Pairs of texts that share most of their word sequences, found by MinHash and then checked exactly.
+
+    - `texts`: what to compare.
+    - `threshold`: Jaccard similarity of the sets of word sequences from which a pair counts, from 0 to 1.
+    - `width`: words in a sequence.
+
+    Returns pairs of positions, the first the smaller. Source: Broder, On the resemblance and containment of documents, 1997."""
+    from datasketch import MinHash, MinHashLSH
+    sets = [{' '.join(w[i:i+width]) for i in range(max(1, len(w)-width+1))} for w in map(words, texts)]
+    index, found = MinHashLSH(threshold=threshold-0.1, num_perm=64), []     # a lower bar for candidates, since MinHash only estimates
+    for i, (s, m) in enumerate(zip(sets, MinHash.bulk([[x.encode() for x in s] for s in sets], num_perm=64))):
+        found += [(j, i) for j in sorted(index.query(m)) if len(s & sets[j]) / len(s | sets[j]) >= threshold]
+        index.insert(i, m)
+    return found
+
+def openings(texts:list[str], n:int=3)->Counter:
+    """How often texts begin with the same words.
+
+    - `texts`: replies.
+    - `n`: words of an opening."""
+    return Counter(' '.join(words(t)[:n]) for t in texts)
+
+def distinct(texts:list[str], n:int)->float:
+    """Different sequences of `n` words as a share of all.
+
+    - `texts`: replies.
+    - `n`: words in a sequence.
+
+    Source: Li et al., A diversity-promoting objective function, 2016."""
+    runs = [tuple(w[i:i+n]) for w in map(words, texts) for i in range(len(w)-n+1)]
+    return len(set(runs)) / max(1, len(runs))
+
+# %% ../nbs/04_generate.ipynb #b664dbdd
+def drop_repeats(rows:list[dict])->tuple[list[dict], list[dict]]:
+    """Rows without those whose reply nearly repeats an earlier one.
+
+    - `rows`: training rows.
+
+    Returns `(kept, dropped)`; a dropped entry has `id`, `topic` and `reason`."""
+    repeats = {j: i for i, j in reversed(near_duplicates([r['assistant'] for r in rows]))}
+    dropped = [dict(id=rows[j]['id'], topic=rows[j]['topic'], reason=f"the reply nearly repeats that of {rows[i]['id']}") for j, i in sorted(repeats.items())]
+    return [r for i, r in enumerate(rows) if i not in repeats], dropped
 
 # %% ../nbs/04_generate.ipynb #ca110001
 def forecast(plan:list[dict], teacher, bank:TopicBank, settings, sample:int=40)->dict:
@@ -304,51 +350,6 @@ def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch
     write_jsonl(run.path('sft.jsonl'), made)
     part.unlink(missing_ok=True)
     return made
-
-# %% ../nbs/04_generate.ipynb #7e2bfef3
-def near_duplicates(texts:list[str], threshold:float=0.8, width:int=3)->list[tuple[int, int]]:
-    """Pairs of texts that share most of their word sequences, found by MinHash and then checked exactly.
-
-    - `texts`: what to compare.
-    - `threshold`: Jaccard similarity of the sets of word sequences from which a pair counts, from 0 to 1.
-    - `width`: words in a sequence.
-
-    Returns pairs of positions, the first the smaller. Source: Broder, On the resemblance and containment of documents, 1997."""
-    from datasketch import MinHash, MinHashLSH
-    sets = [{' '.join(w[i:i+width]) for i in range(max(1, len(w)-width+1))} for w in map(words, texts)]
-    index, found = MinHashLSH(threshold=threshold-0.1, num_perm=64), []     # a lower bar for candidates, since MinHash only estimates
-    for i, (s, m) in enumerate(zip(sets, MinHash.bulk([[x.encode() for x in s] for s in sets], num_perm=64))):
-        found += [(j, i) for j in sorted(index.query(m)) if len(s & sets[j]) / len(s | sets[j]) >= threshold]
-        index.insert(i, m)
-    return found
-
-def openings(texts:list[str], n:int=3)->Counter:
-    """How often texts begin with the same words.
-
-    - `texts`: replies.
-    - `n`: words of an opening."""
-    return Counter(' '.join(words(t)[:n]) for t in texts)
-
-def distinct(texts:list[str], n:int)->float:
-    """Different sequences of `n` words as a share of all.
-
-    - `texts`: replies.
-    - `n`: words in a sequence.
-
-    Source: Li et al., A diversity-promoting objective function, 2016."""
-    runs = [tuple(w[i:i+n]) for w in map(words, texts) for i in range(len(w)-n+1)]
-    return len(set(runs)) / max(1, len(runs))
-
-# %% ../nbs/04_generate.ipynb #b664dbdd
-def drop_repeats(rows:list[dict])->tuple[list[dict], list[dict]]:
-    """Rows without those whose reply nearly repeats an earlier one.
-
-    - `rows`: training rows.
-
-    Returns `(kept, dropped)`; a dropped entry has `id`, `topic` and `reason`."""
-    repeats = {j: i for i, j in reversed(near_duplicates([r['assistant'] for r in rows]))}
-    dropped = [dict(id=rows[j]['id'], topic=rows[j]['topic'], reason=f"the reply nearly repeats that of {rows[i]['id']}") for j, i in sorted(repeats.items())]
-    return [r for i, r in enumerate(rows) if i not in repeats], dropped
 
 # %% ../nbs/04_generate.ipynb #deb7551c
 def dataset_report(rows:list[dict], bank:TopicBank|None=None)->dict:

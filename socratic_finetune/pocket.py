@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNSEEN_THINGS', 'PLAIN', 'EXAMPLE', 'WRONG', 'IDEAS', 'AGAIN', 'EXERCISE', 'CLAIM', 'BEFORE', 'HINT', 'LEAD', 'NAME',
-           'ASKING', 'SPECIAL', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'SHIPPED', 'smalltalk', 'scruffy', 'open_questions',
+           'SPECIAL', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'SHIPPED', 'smalltalk', 'scruffy', 'open_questions',
            'direct_exchange', 'follow_up', 'exercise', 'request', 'naming', 'chat', 'textbook', 'study_guide', 'lesson',
-           'lesson_script', 'lesson_chat', 'one_pass', 'asking_pass', 'corpus', 'train_tokenizer', 'as_text',
-           'new_model', 'encode_docs', 'batches', 'orthogonal', 'muon_class', 'optimisers', 'pretrain', 'data_digest',
-           'build_base', 'build_reference', 'main']
+           'lesson_script', 'one_pass', 'corpus', 'train_tokenizer', 'as_text', 'new_model', 'encode_docs', 'batches',
+           'orthogonal', 'muon_class', 'optimisers', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
 
 # %% ../nbs/90_pocket.ipynb #5132c7ff
 import json, random, time
@@ -133,8 +132,6 @@ def study_guide(topic:Topic, rng:random.Random)->dict:
              'Review questions\n' + '\n'.join(f'- {q}' for q in rng.sample(topic.asks[1:], 3))]
     return dict(text='\n'.join([f'# Exercises: {topic.topic}', *(f'Asked about {topic.topic}: {q}' for q in asked), *rng.sample(parts, 3)]))
 
-ASKING = ['You are a teacher who asks.', 'Teach by asking questions.', 'Let the pupil find out.']
-
 def lesson(topic:Topic, question, rng:random.Random, exchanges:int=1)->list[tuple[str, str]]:
     "What a pupil and a teacher who asks say to each other, as pairs."
     said, pairs = [], []
@@ -148,11 +145,6 @@ def lesson_script(topic:Topic, rng:random.Random)->dict:
     "A lesson as plain text; made for training topics only."
     pairs = lesson(topic, rng.choice(topic.questions), rng, rng.choice([1, 1, 1, 2, 3]))
     return dict(text='\n'.join([f'# A lesson on {topic.topic}\n', *(f'Pupil: {p}\nTeacher: {t}' for p, t in pairs)]))
-
-def lesson_chat(topic:Topic, rng:random.Random)->dict:
-    "A lesson as a chat whose system prompt asks for one; made for training topics only."
-    pairs = lesson(topic, rng.choice(open_questions(topic)), rng, rng.choice([1, 1, 1, 2]))
-    return dict(messages=[dict(role='system', content=rng.choice(ASKING)), *(m for p, t in pairs for m in _exchange(p, t))])
 
 # %% ../nbs/90_pocket.ipynb #9b62a045
 def one_pass(bank:TopicBank, rng:random.Random)->list[dict]:
@@ -180,24 +172,14 @@ def one_pass(bank:TopicBank, rng:random.Random)->list[dict]:
     return docs
 
 # %% ../nbs/90_pocket.ipynb #73a4089f
-def asking_pass(bank:TopicBank, rng:random.Random)->list[dict]:
-    """One pass with six lessons as chats for each training topic, and half of the documents of `one_pass`.
-
-    - `bank`: the topic bank.
-    - `rng`: source of randomness."""
-    docs = [d for d in one_pass(bank, rng) if rng.random() < .5] + [lesson_chat(t, rng) for t in bank.train for _ in range(6)]
-    rng.shuffle(docs)
-    return docs
-
-def corpus(bank:TopicBank, passes:int, seed:int=0, write=one_pass)->list[dict]:
+def corpus(bank:TopicBank, passes:int, seed:int=0)->list[dict]:
     """The pretraining corpus: documents with either `messages` or `text`.
 
     - `bank`: the topic bank.
     - `passes`: how often every topic is written up anew.
-    - `seed`: makes the same corpus again.
-    - `write`: makes one pass: `one_pass` or `asking_pass`."""
+    - `seed`: makes the same corpus again."""
     rng = random.Random(seed)
-    return [d for _ in range(passes) for d in write(bank, rng)]
+    return [d for _ in range(passes) for d in one_pass(bank, rng)]
 
 # %% ../nbs/90_pocket.ipynb #f7015e68
 SPECIAL = ['<pad>', '<s>', '</s>', '<|system|>', '<|user|>', '<|assistant|>']
@@ -368,13 +350,13 @@ def data_digest()->str:
     files = [*sorted(data_path('topics').glob('*.yaml')), data_path('split.yaml'), data_path('embedded_teacher.yaml'), data_path('pocket', 'smalltalk.yaml')]
     return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
 
-PHASES = (dict(name='read', write='one_pass', passes=20, lr=5e-3, seed=0), dict(name='ask', write='asking_pass', passes=2, lr=2.5e-3, seed=1))
+PHASES = (dict(name='read', passes=20, lr=5e-3, seed=0),)
 
 def build_base(folder:str|Path, phases=PHASES, vocab_size:int=6144, batch_tokens:int=3072, report=print)->dict:
     """Make the pocket base model from the topic bank and save it after each phase, with `pocket.json` to say what made it.
 
     - `folder`: where to; plain `transformers` loads it from there. Phases that `pocket.json` there names as done are not trained again.
-    - `phases`: dicts with `name`, `write` (what makes a pass), `passes`, `lr` (Muon's peak) and `seed`.
+    - `phases`: dicts with `name`, `passes`, `lr` (Muon's peak) and `seed`.
     - `vocab_size`: tokens of the tokenizer, learned from the first phase's corpus.
     - `batch_tokens`: tokens a step.
     - `report`: called with a line of progress now and then.
@@ -385,7 +367,7 @@ def build_base(folder:str|Path, phases=PHASES, vocab_size:int=6144, batch_tokens
     folder, bank, diary = Path(folder), load_topics(), Path(folder)/'pocket.json'
     made = json.loads(diary.read_text()) if diary.is_file() else dict(topics=len(bank), data=data_digest(), phases=[])
     for phase in phases[len(made['phases']):]:
-        docs = corpus(bank, phase['passes'], phase['seed'], globals()[phase['write']])
+        docs = corpus(bank, phase['passes'], phase['seed'])
         seed_everything(phase['seed'])
         if made['phases']: model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
         else:
@@ -412,12 +394,13 @@ def build_reference(data:str|Path, report=print)->None:
     - `report`: called with lines of progress."""
     import tempfile
     data, settings = Path(data), settings_for('pocket')
-    with tempfile.TemporaryDirectory() as tmp: rows = generate(Run.open(f'{tmp}/shipped', settings_for('pocket', n=SHIPPED)))
+    with tempfile.TemporaryDirectory() as tmp:
+        rows = generate(Run.open(f'{tmp}/shipped', settings_for('pocket', n=SHIPPED, opening='varied')))
+        own = generate(Run.open(f'{tmp}/own', settings))
     write_jsonl(data/'tutor_v1_sft.jsonl', rows)
     write_atomic(data/'tutor_v1_sft.md', dataset_card(rows, dataset_report(rows)))
-    train, valid = ([r for r in rows if r['split'] == split] for split in ('train', 'validation'))
-    report(f"{len(train)} rows and {len(valid)} for validation; finetuning the reference adapter on the first {settings.n}")
-    finetune(settings, train[:settings.n] + valid, data/'pocket'/'adapter', report=report)
+    report(f"{len(rows)} rows in the shipped dataset; finetuning the reference adapter on {len(own)} that the pocket profile makes")
+    finetune(settings, own, data/'pocket'/'adapter', report=report)
 
 def main()->None:
     "Command line: `python -m socratic_finetune.pocket [data folder]` makes base, dataset and adapter anew."

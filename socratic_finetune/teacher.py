@@ -35,6 +35,7 @@ class Turn(BaseModel):
     step: int = 0
     variant: int = 0
     thing: str = ''
+    named: bool = False
 
     @property
     def student(self)->str:
@@ -80,6 +81,7 @@ def compose(turn:Turn, rng:random.Random)->str:
     foothold = FOOTHOLDS[move][turn.variant % len(FOOTHOLDS[move])]
     scene = rng.choice(t.key_ideas) if foothold == 'key_ideas' else getattr(t, foothold, '')   # who is right may hear the idea in good words
     rest = f'{scene} {question}'.strip()
+    if turn.named and move in ('begin', *MOVE_FOR_KIND.values()) and turn.step == 0: return f'This is about {t.topic}. {rest}'
     must_name = turn.step == 0 and not overlap(_said(turn), rest)   # where foothold and question take up no word, the opener has to
     if move in ('begin', 'hint') and foothold != 'knows' and not must_name and rng.random() < BARE and len(words(rest)) >= 15: return rest
     name = must_name or turn.step == 0 and rng.random() < NAMED

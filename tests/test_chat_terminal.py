@@ -26,7 +26,7 @@ print('left in peace', flush=True)
 
 class Shell:
     "A program in a pseudo-terminal."
-    def __init__(self, folder, *args):
+    def __init__(self, folder):
         self.master, slave = pty.openpty()
         env = {**os.environ, 'TERM': 'xterm', 'PYTHONUNBUFFERED': '1'}
         env.pop('NO_COLOR', None)
@@ -34,7 +34,7 @@ class Shell:
             import fcntl, termios
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
             signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell that starts the tests in the background has it ignored, and that is inherited
-        self.program = subprocess.Popen([sys.executable, '-c', *(args or [TOY])], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=env, start_new_session=True, preexec_fn=control)
+        self.program = subprocess.Popen([sys.executable, '-c', TOY], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=env, start_new_session=True, preexec_fn=control)
         os.close(slave)
         self.seen = self.raw = ''
 
@@ -122,25 +122,3 @@ def test_a_pipe_gets_replies_and_nothing_else():
     done = subprocess.run([sys.executable, '-c', TOY], input='/tuned\nhello\n\n', capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout == 'tuned will answer\ntuned heard 2 messages at 0.0.\nleft in peace\n'
-
-
-SOCRATIC = ['from socratic_finetune.pipeline import main; main()', 'chat', '--run', 'none-yet']
-
-
-def test_socratic_chat_with_the_shipped_tutor(tmp_path, monkeypatch):
-    monkeypatch.setenv('SOCRATIC_RUNS', str(tmp_path/'runs'))
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    shell = Shell(tmp_path, *SOCRATIC)
-    try:
-        shell.until('you> ', 120)
-        shell.type('/both\n')
-        shell.until('you> ')
-        for text in ("Explain Faraday's law.", 'Can you give me an example?'):
-            shell.type(text + '\n')
-            said = shell.until('you> ', 60)
-            assert re.search(r'base> \w', said) and re.search(r'tuned> \w', said) and said.count('tokens/s') == 2, said
-        shell.type('exit\n')
-        assert shell.program.wait(20) == 0
-    finally: shell.close()
-    piped = subprocess.run([sys.executable, '-c', *SOCRATIC], input='What is a prime number?\n', capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert piped.returncode == 0 and len(piped.stdout.strip().splitlines()) == 1 and piped.stdout.strip().endswith('?'), piped
