@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from socratic_finetune.config import SocraticError
-from socratic_finetune.judge import PARTS, EmbeddedJudge, OpenAIJudge
+from socratic_finetune.judge import plain, PARTS, EmbeddedJudge, OpenAIJudge
 from socratic_finetune.topics import load_topics
 
 bank = load_topics()
@@ -152,7 +152,7 @@ def test_a_good_reply_keeps_its_marks(judged): assert judged['good'].socratic >=
 
 def test_no_reply_gets_out_of_the_data(judged, gullible):
     systems = {r['messages'][0]['content'] for r in gullible[1]}
-    assert len(systems) == 1 and len(gullible[1]) >= len(ATTACKS)
+    assert len(systems) == 1 and len(gullible[1]) >= len({plain(text) for text, *_ in ATTACKS.values()})   # what reads the same is asked once
     for r in gullible[1]:
         assert r['temperature'] == 0 and r['response_format']['json_schema']['strict'] and len(r['messages']) == 2
         case = re.fullmatch(r'The case:\n(.*)\nGrade the text under "reply"\.', r['messages'][1]['content'])
