@@ -36,6 +36,7 @@ class Moody(BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm, wbufsize = 'HTTP/1.1', True, -1
     mix, lock, rng = {}, threading.Lock(), random.Random(0)
     broken = refused = delay = 0.
+    limit = 10**9   # different requests answered, after which the others have to wait
     log, answered, faults = [], Counter(), Counter()
 
     def do_POST(self):
@@ -52,8 +53,9 @@ class Moody(BaseHTTPRequestHandler):
         if fault == 'key': return self.say(401, dict(error=dict(message=f"Incorrect API key provided: {self.headers['Authorization'][7:]}")))
         if fault == '429': return self.say(429, dict(error=dict(message='slow down', code='rate_limit_exceeded')), {'Retry-After': '0.05'})
         if fault == '500': return self.say(500, dict(error=dict(message=f"internal error for {self.headers['Authorization']}")))
-        if fault == 'timeout': time.sleep(1.5)
+        if fault == 'timeout': time.sleep(4)
         if fault == 'cut': return self.cut()
+        while len(self.answered) >= self.limit: time.sleep(0.02)
         time.sleep(self.delay)
         self.answer(request, key)
 
@@ -127,7 +129,7 @@ def process():
 @pytest.fixture
 def server(process):
     "The server without a past and in a good mood."
-    process.set(mix={}, broken=0., refused=0., delay=0., log=[], answered={}, faults={})
+    process.set(mix={}, broken=0., refused=0., delay=0., limit=10**9, log=[], answered={}, faults={})
     return process
 
 
@@ -158,7 +160,7 @@ def without_key(folder):
 def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, n):
     server.set(mix=FAULTS, broken=0.03, refused=0.02)
     plan = plan_data(BANK, settings_for(n=n))
-    rows, lost, client = made(server, tmp_path/'run', n, timeout=1.)
+    rows, lost, client = made(server, tmp_path/'run', n, timeout=2.5)
     ids = [r['id'] for r in rows]
     assert len(ids) == len(set(ids)) and not set(ids) & {x['id'] for x in lost}
     assert {*ids, *(x['id'] for x in lost)} == {p['id'] for p in plan}
@@ -199,11 +201,12 @@ def answers(folder): return {p.stem for p in (folder/'requests').glob('*.json') 
 def cut_off(server, folder, n, points, sign, rng):
     "Runs that are killed when a certain number of answers is there; yields what was kept, and how far the server's log went."
     for at in points:
+        server.set(limit=at)
         pid = started(lambda: made(server, folder, n, workers=8))
-        alive = lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        while len(answers(folder)) < at and alive(): time.sleep(0.002)
+        while len(server.get()['answered']) < at: time.sleep(0.02)
         time.sleep(rng.random()*0.02)
         os.kill(pid, sign)
+        server.set(limit=10**9)
         ended(pid)
         yield answers(folder), len(server.get()['log'])
 
@@ -328,7 +331,7 @@ def serving(tmp_path_factory):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     log = open(tmp_path_factory.mktemp('serve')/'log.txt', 'w+')
-    command = [sys.executable, '-c', 'from transformers.cli.transformers import main; main()', 'serve', str(ROOT/'data'/'pocket'),
+    command = [sys.executable, '-c', 'from transformers.cli.transformers import main; main()', 'serve', str(ROOT/'data'/'pocket'/'base'),
                '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
     work = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
     for _ in range(1200):
@@ -345,7 +348,7 @@ def serving(tmp_path_factory):
 
 def test_transformers_serve_with_the_pocket_model(serving, tmp_path):
     from openai import OpenAI
-    model = str(ROOT/'data'/'pocket')
+    model = str(ROOT/'data'/'pocket'/'base')
     client = Client(model, OpenAI(base_url=serving, api_key=KEY, timeout=120), tmp_path/'requests', workers=2, max_tokens=48)
     said = client.answer(dict(model=model, messages=[dict(role='user', content="Explain Ohm's law.")], max_tokens=48, temperature=0))['content']
     assert 'current' in said
