@@ -14,7 +14,7 @@ IN := PATH="$(CURDIR)/$(BIN):$$PATH"
 ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab chat docs bench clean
+.PHONY: help install demo test lab chat pages docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ lab: $(READY) ## JupyterLab at the first notebook
 
 chat: $(READY) ## talk to the tutor in the terminal
 	@$(IN) $(BIN)/socratic chat --run $(RUN)
+
+pages: $(READY) ## run notebooks in place to renew their outputs; NAMES="04_generate 06_finetune" for some of them
+	@$(IN) $(BIN)/python .docs/pages.py $(NAMES)
 
 docs: $(READY) ## the site, into _docs/
 	@$(IN) $(BIN)/python .docs/build.py

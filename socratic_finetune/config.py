@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'HOW', 'TOOLS', 'SocraticError', 'data_path', 'Settings', 'settings_for', 'write_atomic', 'write_jsonl',
-           'read_jsonl', 'versions', 'runs_dir', 'Run', 'seed_everything', 'choose_device']
+           'numbered_jsonl', 'read_jsonl', 'versions', 'runs_dir', 'Run', 'seed_everything', 'choose_device']
 
 # %% ../nbs/00_config.ipynb #b3470a26
 import json, math, os, platform, random, tempfile, time
@@ -47,7 +47,7 @@ class Settings(BaseModel):
     # data
     teacher: Literal['embedded', 'openai'] = Field('embedded', description='who drafts, criticises and revises replies')
     n: int = Field(1000, ge=1, description='rows of training data to make')
-    opening: Literal['varied', 'named'] = Field('varied', description='how the embedded teacher begins a first reply: in many ways, or by naming the topic')
+    opening: Literal['varied', 'named'] = Field('varied', description="the embedded teacher's first words: many ways, or the topic's name")
     rounds: int = Field(1, ge=1, le=5, description='critique-and-revise rounds a draft goes through')
     principles_per_round: int = Field(4, ge=1, description='principles, drawn at random, that one round looks at')
     openai_model: str = Field('gpt-4o', description='model name sent to the OpenAI-compatible endpoint')
@@ -77,8 +77,8 @@ class Settings(BaseModel):
 # %% ../nbs/00_config.ipynb #eac2e12c
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
-                   dtype='float32', opening='named', n=1000, lora_dropout=0., learning_rate=1e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3,
-                   max_new_tokens=96),
+                   dtype='float32', opening='named', n=1000, max_new_tokens=96,
+                   lora_dropout=0., learning_rate=1e-3, epochs=2, batch_size=8, accumulation=1, max_grad_norm=0.3),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }
 
@@ -128,13 +128,13 @@ def write_jsonl(path:str|Path, rows)->Path:
     return write_atomic(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
 
 # %% ../nbs/00_config.ipynb #64ceee08
-def read_jsonl(path:str|Path, required:tuple=())->tuple[list[dict], list[dict]]:
-    """The rows of a JSON-lines file, and its bad lines.
+def numbered_jsonl(path:str|Path, required:tuple=())->tuple[list[tuple[int, dict]], list[dict]]:
+    """The rows of a JSON-lines file, each with the number of its line, and its bad lines.
 
     - `path`: the file.
     - `required`: keys that each row must have, with non-empty text values.
 
-    Returns `(rows, quarantined)`; a quarantined entry has `file`, `line` (from 1), `reason` and the line's `text`.
+    Returns `(numbered rows, quarantined)`; a quarantined entry has `file`, `line` (from 1), `reason` and the line's `text`.
     Raises `SocraticError` if the file is not there."""
     path, rows, bad = Path(path), [], []
     if not path.is_file(): raise SocraticError(f'{path} is not a file: check the path, or run the stage that writes it')
@@ -145,10 +145,15 @@ def read_jsonl(path:str|Path, required:tuple=())->tuple[list[dict], list[dict]]:
             if not isinstance(row, dict): raise ValueError(f'a JSON {type(row).__name__}, not an object')
             if gone := [k for k in required if not isinstance(row.get(k), str) or not row[k].strip()]:
                 raise ValueError(f"no text under {', '.join(gone)}")
-            rows.append(row)
+            rows.append((i, row))
         except ValueError as e:
             bad.append(dict(file=str(path), line=i, reason=str(e), text=line.decode('utf8', 'replace')))
     return rows, bad
+
+def read_jsonl(path:str|Path, required:tuple=())->tuple[list[dict], list[dict]]:
+    "The same as `numbered_jsonl`, without the numbers."
+    rows, bad = numbered_jsonl(path, required)
+    return [row for _, row in rows], bad
 
 # %% ../nbs/00_config.ipynb #f3243b8d
 TOOLS = ('socratic_finetune', 'torch', 'transformers', 'peft', 'trl', 'datasets', 'openai')

@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import yaml
 from tqdm import tqdm
 
 from .config import Run, SocraticError, data_path, read_jsonl, settings_for, versions, write_atomic, write_jsonl
@@ -35,8 +34,9 @@ def evaluation_questions(bank:TopicBank, questions:str|Path='heldout')->list[dic
     """The questions of an evaluation.
 
     - `bank`: the topic bank.
-    - `questions`: `heldout`, all phrasings of all held-out topics; `validation`, the same of the validation topics; `seed20`, "Explain X." for the first twenty of them; or a JSONL file whose
-      rows have `question` and, if known, `topic`, `context` (a list of `{role, content}`) and `reference` (the answer).
+    - `questions`: `heldout`, all phrasings of all held-out topics; `validation`, the same of the validation topics; `seed20`, "Explain X." for the
+      first twenty held-out topics; or a JSONL file whose rows have `question` and, if known, `topic`, `context` (a list of `{role, content}`) and
+      `reference` (the answer).
 
     Returns dicts with `question`, `topic` (where no card fits, the question itself), `kind`, and `seen`: whether the pocket base model met the
     phrasing in pretraining, None for a file's questions. A question that comes twice is asked once. Raises `SocraticError` if there is no such

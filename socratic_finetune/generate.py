@@ -9,17 +9,17 @@ __all__ = ['REACTIONS', 'SHAREGPT', 'CARD', 'react', 'plan_lesson', 'plan_rows',
            'read_rows']
 
 # %% ../nbs/04_generate.ipynb #26a92f93
-import itertools, json, random
+import json, random
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .client import Pending, RunStopped, Unanswered, dollars, run_batch
-from .config import Run, SocraticError, data_path, read_jsonl, settings_for, write_atomic, write_jsonl
+from .config import Run, SocraticError, data_path, numbered_jsonl, read_jsonl, settings_for, write_atomic, write_jsonl
 from .constitution import Trail, load_constitution
 from .teacher import DISCOURAGING, MOVE_FOR_KIND, MOVES, Teacher, Turn, make_teacher, phrases, teach
 from .topics import Question, Topic, TopicBank, load_topics, questions_in, words
@@ -62,7 +62,7 @@ def plan_lesson(topic:Topic, question:Question, rng:random.Random, exchanges:int
 def _rounds(topics, rng):
     "Endless (round, topic, question): each round takes one question of each topic, in an order of its own."
     decks = {t.topic: rng.sample(t.questions, len(t.questions)) for t in topics}
-    for i in itertools.count():
+    for i in count():
         for t in rng.sample(topics, len(topics)): yield i, t, decks[t.topic][i % len(t.questions)]
 
 def _small_talk(rng):
@@ -363,7 +363,8 @@ def dataset_report(rows:list[dict], bank:TopicBank|None=None)->dict:
     if not rows: raise SocraticError('the dataset has no rows: run the generate stage, or give another file')
     bank, talks = bank or load_topics(), [row_messages(r) for r in rows]
     replies, n = [t[-1]['content'] for t in talks], len(rows)
-    lengths, (opening, count), pairs = sorted(len(words(r)) for r in replies), openings(replies).most_common(1)[0], near_duplicates(replies)
+    lengths, begun, pairs = sorted(len(words(r)) for r in replies), openings(replies), near_duplicates(replies)
+    opening, times = begun.most_common(1)[0]
     share = lambda xs, of: round(sum(map(bool, xs)) / max(1, of), 4)
     asks = [(r, t) for r, t in zip(rows, replies) if r.get('topic') in bank.by_name and r.get('move') != 'confirm']
     trails = [r['trail'] for r in rows if r.get('trail')]
@@ -372,11 +373,11 @@ def dataset_report(rows:list[dict], bank:TopicBank|None=None)->dict:
     return dict(rows=n, different_user_turns=len({u.strip().lower() for u in last}), topics=len({r.get('topic') for r in rows} - {None}),
                 conversations=share([sum(m['role'] == 'user' for m in t) > 1 for t in talks], n),
                 words_min=lengths[0], words_median=lengths[n//2], words_max=lengths[-1], outside_15_to_80_words=sum(not 15 <= x <= 80 for x in lengths),
-                different_openings=len(openings(replies)), commonest_opening=opening, its_share=round(count/n, 4),
+                different_openings=len(begun), commonest_opening=opening, its_share=round(times/n, 4),
                 **{f'distinct_{k}': round(distinct(replies, k), 4) for k in (1, 2, 3)}, near_duplicates=len({i for p in pairs for i in p}),
                 end_in_question=share([r.rstrip().endswith('?') for r in replies], n), leaks=share([bank[r['topic']].gives_away(t) for r, t in asks], len(asks)),
                 discouraging=share([DISCOURAGING.search(r) for r in replies], n),
-                changed_by_critique=share([t['rounds'] and t['rounds'][-1]['reply'] != t['draft'] for t in trails], len(trails)),
+                changed_by_critique=share([Trail(**t).changed for t in trails], len(trails)),
                 splits=count_of('split'), moves=count_of('move'), kinds=count_of('kind'))
 
 # %% ../nbs/04_generate.ipynb #c58cea31
@@ -440,23 +441,24 @@ def read_table(path:str|Path)->tuple[list[tuple[int, dict]], list[dict]]:
 
     Returns `(numbered rows, quarantined)`. Raises `SocraticError` if it cannot be read."""
     path = Path(path)
-    if path.is_file() and path.suffix not in ('.json', '.parquet'):
-        rows, bad = read_jsonl(path)
-        lines, broken = [i for i, l in enumerate(path.read_bytes().split(b'\n'), 1) if l.strip()], {b['line'] for b in bad}
-        return list(zip([i for i in lines if i not in broken], rows)), bad
+    if path.is_file() and path.suffix not in ('.json', '.parquet'): return numbered_jsonl(path)
     try:
         if path.suffix == '.json' and path.is_file():
             rows = json.loads(path.read_text(encoding='utf8'))
             rows = rows.get('data', rows) if isinstance(rows, dict) else rows
             if not isinstance(rows, list): raise ValueError('it holds no list of rows')
         else:
-            if not path.is_file() and (path.is_absolute() or path.suffix in ('.jsonl', '.json', '.parquet')): raise SocraticError(f'{path} is not a file: check the path, or run the stage that writes it')
+            if not path.is_file() and (path.is_absolute() or path.suffix in ('.jsonl', '.json', '.parquet')):
+                raise SocraticError(f'{path} is not a file: check the path, or run the stage that writes it')
             from datasets import Dataset, load_dataset
             rows = (Dataset.from_parquet(str(path)) if path.is_file() else load_dataset(str(path), split='train')).to_list()
     except SocraticError: raise
-    except Exception as e: raise SocraticError(f'{path} cannot be read as a dataset ({type(e).__name__}: {str(e).splitlines()[0][:160]}): give a JSONL, JSON or Parquet file, or a dataset of the Hub') from None
-    good = [(i, r) for i, r in enumerate(rows, 1) if isinstance(r, dict)]
-    return good, [dict(file=str(path), line=i, reason=f'a {type(r).__name__}, not an object', text=str(r)[:200]) for i, r in enumerate(rows, 1) if not isinstance(r, dict)]
+    except Exception as e:
+        raise SocraticError(f'{path} cannot be read as a dataset ({type(e).__name__}: {str(e).splitlines()[0][:160]}): '
+                            'give a JSONL, JSON or Parquet file, or a dataset of the Hub') from None
+    bad = lambda i, r: dict(file=str(path), line=i, reason=f'a {type(r).__name__}, not an object', text=str(r)[:200])
+    numbered = list(enumerate(rows, 1))
+    return [(i, r) for i, r in numbered if isinstance(r, dict)], [bad(i, r) for i, r in numbered if not isinstance(r, dict)]
 
 def read_rows(path:str|Path, required:bool=True)->tuple[list[dict], list[dict]]:
     """Training rows, each with `messages`.

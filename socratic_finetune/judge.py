@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from .client import Client, RunStopped, client_for
-from .config import Settings, SocraticError, data_path, read_jsonl, write_atomic
+from .config import Settings, SocraticError, data_path, numbered_jsonl, write_atomic
 from .constitution import load_constitution
 from .teacher import DISCOURAGING, PRAISE
 from .topics import Topic, TopicBank, contains_phrase, load_topics, questions_in, sentences, words
@@ -684,18 +684,16 @@ def judge_file(path:str|Path, out:str|Path, judge:Judge, progress=None)->dict:
     - `progress`: called with each judgement.
 
     Returns `{'rows': …, 'judged': …, 'failed': …}`. Raises `SocraticError` if the file is not there, or has no row."""
-    rows, bad = read_jsonl(path)
-    broken = {b['line']: b['reason'] for b in bad}
-    lines = [i for i, line in enumerate(Path(path).read_bytes().split(b'\n'), 1) if line.strip()]
-    if not lines: raise SocraticError(f'{path} has no row: each line should be a JSON object with question and reply')
-    found = iter(zip(rows, judge.judge_many(rows, progress)))
+    rows, bad = numbered_jsonl(path)
+    if not rows and not bad: raise SocraticError(f'{path} has no row: each line should be a JSON object with question and reply')
+    judged = [(line, row, j) for (line, row), j in zip(rows, judge.judge_many([row for _, row in rows], progress))]
+    judged += [(b['line'], {}, Judgement(error=f"line {b['line']}: {b['reason']}")) for b in bad]
     text = io.StringIO()
     table = csv.DictWriter(text, ['line', 'question', 'reply', 'judge', 'socratic', 'helpful', *PARTS, 'error'], lineterminator='\n')
     table.writeheader()
-    for line in lines:
-        row, j = ({}, Judgement(error=f'line {line}: {broken[line]}')) if line in broken else next(found)
+    for line, row, j in sorted(judged, key=lambda x: x[0]):
         table.writerow(dict(line=line, question=row.get('question'), reply=row.get('reply'), judge=judge.name, socratic=j.socratic, helpful=j.helpful,
             **j.parts, error=j.error))
     write_atomic(out, text.getvalue())
-    ok = sum(r.get('error') in ('', None) for r in csv.DictReader(io.StringIO(text.getvalue())))
-    return dict(rows=len(lines), judged=ok, failed=len(lines) - ok)
+    failed = sum(j.error is not None for *_, j in judged)
+    return dict(rows=len(judged), judged=len(judged) - failed, failed=failed)

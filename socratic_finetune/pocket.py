@@ -186,7 +186,7 @@ SPECIAL = ['<pad>', '<s>', '</s>', '<|system|>', '<|user|>', '<|assistant|>']
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
-def train_tokenizer(texts, vocab_size:int=5120):
+def train_tokenizer(texts, vocab_size:int=6144):
     """A byte-level BPE tokenizer with a chat template.
 
     - `texts`: iterable of strings to learn from.
@@ -350,14 +350,15 @@ def data_digest()->str:
     files = [*sorted(data_path('topics').glob('*.yaml')), data_path('split.yaml'), data_path('embedded_teacher.yaml'), data_path('pocket', 'smalltalk.yaml')]
     return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
 
-PHASES = (dict(name='read', passes=20, lr=5e-3, seed=0),)
+PHASES = (dict(name='read', passes=20, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
+          dict(name='read again', passes=4, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=1))
 
-def build_base(folder:str|Path, phases=PHASES, vocab_size:int=6144, batch_tokens:int=3072, report=print)->dict:
+def build_base(folder:str|Path, phases=PHASES, batch_tokens:int=3072, report=print)->dict:
     """Make the pocket base model from the topic bank and save it after each phase, with `pocket.json` to say what made it.
 
     - `folder`: where to; plain `transformers` loads it from there. Phases that `pocket.json` there names as done are not trained again.
-    - `phases`: dicts with `name`, `passes`, `lr` (Muon's peak) and `seed`.
-    - `vocab_size`: tokens of the tokenizer, learned from the first phase's corpus.
+    - `phases`: dicts with `name`, `passes` over the bank, `lr`, `embedding_lr` and `decay` as in `pretrain`, and `seed`. The tokenizer is learned from
+      the first phase's corpus.
     - `batch_tokens`: tokens a step.
     - `report`: called with a line of progress now and then.
 
@@ -371,12 +372,12 @@ def build_base(folder:str|Path, phases=PHASES, vocab_size:int=6144, batch_tokens
         seed_everything(phase['seed'])
         if made['phases']: model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
         else:
-            tokenizer = train_tokenizer((d.get('text') or ' '.join(m['content'] for m in d['messages']) for d in docs), vocab_size)
+            tokenizer = train_tokenizer(d.get('text') or ' '.join(m['content'] for m in d['messages']) for d in docs)
             model = new_model(len(tokenizer))
         work = batches(encode_docs(docs, tokenizer), batch_tokens, phase['seed'])
         tokens = sum(b['input_ids'].numel() for b in work)
         report(f"{phase['name']}: {len(docs):,} documents, {tokens:,} tokens, {model.num_parameters():,} parameters")
-        log = pretrain(work, model, lr=phase['lr'], report=report)
+        log = pretrain(work, model, **{k: phase[k] for k in ('lr', 'embedding_lr', 'decay')}, report=report)
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         made['phases'].append(dict(phase, documents=len(docs), tokens=tokens, log=log))

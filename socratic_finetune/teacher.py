@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOVES', 'MOVE_FOR_KIND', 'FILLER', 'FOOTHOLDS', 'BARE', 'NAMED', 'DISCOURAGING', 'PRAISE', 'DENIAL', 'LOOKS', 'Turn',
-           'Teacher', 'phrases', 'overlap', 'compose', 'EmbeddedTeacher', 'teach', 'Reply', 'Critique', 'OpenAITeacher',
-           'make_teacher']
+           'Teacher', 'phrases', 'overlap', 'opener', 'compose', 'EmbeddedTeacher', 'teach', 'Reply', 'Critique',
+           'OpenAITeacher', 'make_teacher']
 
 # %% ../nbs/03_teacher.ipynb #ffd031d1
 import random, re
@@ -42,6 +42,11 @@ class Turn(BaseModel):
         "What the student said last."
         return self.messages[-1]['content']
 
+    @property
+    def names_topic(self)->bool:
+        "Whether the reply is to begin with a plain sentence that names the topic: a first reply, if so asked for."
+        return self.named and self.step == 0 and self.move in ('begin', *MOVE_FOR_KIND.values())
+
 class Teacher(Protocol):
     "Drafts, criticises and revises tutor replies."
     def draft(self, turn:Turn, rng:random.Random)->str: ...
@@ -70,6 +75,17 @@ FOOTHOLDS = {'begin': ('knows', 'everyday', ''), 'withhold': ('knows', '', 'ever
              'hint': ('hint',), 'correct': ('',), 'confirm': ('key_ideas',), 'return': ('',)}
 BARE, NAMED = 0.12, 0.75   # shares of first replies that have no opener, and whose opener names the topic
 
+def opener(turn:Turn, rng:random.Random, must_name:bool=False)->str:
+    """The words before foothold and question.
+
+    - `turn`: what to reply to.
+    - `rng`: chooses among the wordings.
+    - `must_name`: take one that names the topic, where the move has any."""
+    if turn.names_topic: return f'This is about {turn.topic.topic}.'
+    all_ = phrases()['openers'][turn.move]
+    name = must_name or turn.step == 0 and rng.random() < NAMED
+    return rng.choice([o for o in all_ if not name or '{topic}' in o] or all_).format(topic=turn.topic.topic)
+
 def compose(turn:Turn, rng:random.Random)->str:
     """A reply in the spirit of the constitution, from a topic card: opener, foothold, question.
 
@@ -81,12 +97,9 @@ def compose(turn:Turn, rng:random.Random)->str:
     foothold = FOOTHOLDS[move][turn.variant % len(FOOTHOLDS[move])]
     scene = rng.choice(t.key_ideas) if foothold == 'key_ideas' else getattr(t, foothold, '')   # who is right may hear the idea in good words
     rest = f'{scene} {question}'.strip()
-    if turn.named and move in ('begin', *MOVE_FOR_KIND.values()) and turn.step == 0: return f'This is about {t.topic}. {rest}'
     must_name = turn.step == 0 and not overlap(_said(turn), rest)   # where foothold and question take up no word, the opener has to
-    if move in ('begin', 'hint') and foothold != 'knows' and not must_name and rng.random() < BARE and len(words(rest)) >= 15: return rest
-    name = must_name or turn.step == 0 and rng.random() < NAMED
-    openers = [o for o in p['openers'][move] if not name or '{topic}' in o] or p['openers'][move]
-    return f'{rng.choice(openers).format(topic=t.topic)} {rest}'
+    bare = move in ('begin', 'hint') and foothold != 'knows' and not (must_name or turn.names_topic) and rng.random() < BARE and len(words(rest)) >= 15
+    return rest if bare else f'{opener(turn, rng, must_name)} {rest}'
 
 
 # %% ../nbs/03_teacher.ipynb #54a053de
@@ -176,13 +189,11 @@ class EmbeddedTeacher:
         "The reply with its faults mended."
         broken = {v.principle for v in faults}
         if broken & {'asks_first', 'no_reveal', 'on_topic', 'builds_on', 'concise'}: return compose(turn, rng)
-        opener = rng.choice(phrases()['openers'][turn.move]).format(topic=turn.topic.topic)
-        if 'encouraging' in broken:
-            kept = [s for s in sentences(reply) if not DISCOURAGING.search(s)]
-            reply = ' '.join([opener, *kept])
+        first = opener(turn, rng)
+        if 'encouraging' in broken: reply = ' '.join([first, *(s for s in sentences(reply) if not DISCOURAGING.search(s))])
         if 'one_step' in broken: reply = reply[:reply.index('?')+1]
-        if 'accurate' in broken: reply = ' '.join([opener, *sentences(reply)[1:]])
-        if 'confirms' in broken and 'encouraging' not in broken: reply = f'{opener} {reply}'
+        if 'accurate' in broken: reply = ' '.join([first, *sentences(reply)[1:]])
+        if 'confirms' in broken and 'encouraging' not in broken: reply = f'{first} {reply}'
         return reply
 
 # %% ../nbs/03_teacher.ipynb #0ef95b9d

@@ -4,13 +4,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 
-from socratic_finetune.client import Client, CostCapReached, RunStopped, key_of
+from socratic_finetune.client import Client, CostCapReached, key_of
 from socratic_finetune.config import Run, SocraticError, read_jsonl, settings_for
 from socratic_finetune.generate import forecast, generate, plan_data
 from socratic_finetune.teacher import OpenAITeacher, Reply
@@ -326,7 +325,6 @@ def test_many_at_once_takes_hardly_longer_than_the_ideal(server, tmp_path):
 @pytest.fixture(scope='module')
 def serving(tmp_path_factory):
     "`transformers serve` with the pocket model; yields its address."
-    if not all(map(find_spec, ('fastapi', 'uvicorn'))): pytest.skip("needs `pip install 'transformers[serving]'`")
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
