@@ -13,6 +13,7 @@ __all__ = ['CONTROLS', 'RIGHT', 'OWN', 'COUNTED', 'METRICS', 'COLOURS', 'HATCHES
 # %% ../nbs/10_evaluate.ipynb #e36c1e1d
 import base64, hashlib, html, io, math, random
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -69,6 +70,13 @@ def conversation(row:dict, arm:str)->list[dict]:
     return [*system, *row.get('context', []), dict(role='user', content=row['question'])]
 
 # %% ../nbs/10_evaluate.ipynb #ad6da545
+@cache
+def _file_digest(path, changed):   # gigabytes of weights are read once
+    digest = hashlib.sha256()
+    with path.open('rb') as f:
+        while block := f.read(1 << 24): digest.update(block)
+    return digest.digest()
+
 def stamp(settings, adapter:Path|None, arm:str)->str:
     """A short checksum of all that shapes an arm's replies: base model, adapter, prompt, format and length.
 
@@ -80,8 +88,7 @@ def stamp(settings, adapter:Path|None, arm:str)->str:
     said = socratic_prompt() if arm == 'prompted' else s.system_prompt
     digest.update(repr((s.base_model, s.chat_format, s.dtype, said, s.max_new_tokens)).encode())
     for folder in [base, *([Path(adapter)] if adapter else [])]:
-        for f in sorted(folder.glob('*.safetensors')) if folder.is_dir() else []:
-            with f.open('rb') as file: digest.update(file.read(4_000_000) + str(f.stat().st_size).encode())
+        for f in sorted(folder.glob('*.safetensors')) if folder.is_dir() else []: digest.update(_file_digest(f, f.stat().st_mtime_ns))
     return digest.hexdigest()[:12]
 
 # %% ../nbs/10_evaluate.ipynb #48bb3c91

@@ -13,7 +13,7 @@ from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 
-from .config import Run, Settings, SocraticError, choose_device, data_path, seed_everything, settings_for, versions, write_atomic
+from .config import HOW, Run, Settings, SocraticError, choose_device, data_path, settings_for, versions, write_atomic
 from .generate import read_rows
 from .prompting import collate, encode, set_chat_format
 
@@ -205,10 +205,10 @@ def _callback(tokens_per_step):
 def fingerprint(settings:Settings, encoded:list[dict], model)->str:
     """A checksum of all that decides what training will do.
 
-    - `settings`: all of them.
+    - `settings`: all but those that say how requests are made.
     - `encoded`: from `encode_rows`.
     - `model`: the base; its shape and a sample of its weights count."""
-    digest = sha256(json.dumps([settings.model_dump(mode='json'), [(e['input_ids'], e['labels'], e['split']) for e in encoded]]).encode())
+    digest = sha256(json.dumps([settings.model_dump(mode='json', exclude=set(HOW)), [(e['input_ids'], e['labels'], e['split']) for e in encoded]]).encode())
     for name, p in model.named_parameters(): digest.update(f'{name} {tuple(p.shape)} {p.flatten()[:8].float().tolist()}'.encode())
     return digest.hexdigest()[:16]
 

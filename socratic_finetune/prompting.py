@@ -85,7 +85,8 @@ def reply_spans(tokenizer, messages:list[dict])->list[tuple[int, int]]:
         if m['role'] != 'assistant': continue
         before, after = render(tokenizer, messages[:i], reply_next=True), render(tokenizer, messages[:i+1])
         if not (after.startswith(before) and whole.startswith(after)):
-            raise SocraticError('this chat template rewrites earlier turns, so replies cannot be located in it: use chat_format="llama2"')
+            raise SocraticError('this chat template rewrites earlier turns, or marks the next reply in another way than a reply that is there, so that '
+                                'replies cannot be located in it: use chat_format="llama2"')
         spans.append((len(before), len(after)))
     return spans
 
