@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LOOKALIKE', 'COMMON', 'CHECK_IN', 'LEADING', 'OPENS', 'GLUE', 'WARM', 'CUE', 'DO', 'SUM', 'CUES', 'NUMBER',
-           'TO_JUDGE', 'combine', 'Judgement', 'Judge', 'plain', 'stems', 'ramp', 'glued', 'question_worth', 'asking',
-           'CardWords', 'secret_words', 'telling', 'false_sums', 'clearness', 'warmth', 'numbers', 'features',
-           'phrases_of', 'LabelModel', 'speaks_to_judge', 'EmbeddedJudge', 'by_card', 'by_ratings', 'judge_row',
-           'ceiling', 'Rubric', 'OpenAIJudge', 'make_judge', 'agreement', 'judge_file']
+           'TO_JUDGE', 'combine', 'Judgement', 'Judge', 'plain', 'stems', 'ramp', 'glued', 'claim_in', 'question_worth',
+           'asking', 'CardWords', 'brings', 'secret_words', 'telling', 'false_sums', 'clearness', 'warmth', 'numbers',
+           'features', 'phrases_of', 'LabelModel', 'speaks_to_judge', 'EmbeddedJudge', 'by_card', 'by_ratings',
+           'judge_row', 'ceiling', 'Rubric', 'OpenAIJudge', 'make_judge', 'agreement', 'judge_file']
 
 # %% ../nbs/09_judge.ipynb #4e8b9c39
 import csv, html, io, json, math, re, unicodedata
@@ -120,9 +120,13 @@ CHECK_IN = re.compile(r"\b(make[s]? (any )?sense|is (that|this|it|everything) (n
                       r"(what|how) (do|does) (you|that|this) (think|sound|feel|look)|(are you )?ready|shall (we|i)|would you like|do you want|"
                       r"can i help|okay|ok|alright|right|you know)\W*$|"
                       r"^\W*(would you like|do you want|shall (we|i)|does (that|this) (make|help|clear))", re.I)
-LEADING = re.compile(r"^\W*(so |and |but |now |well,? )*(did you know|isn't|aren't|wasn't|doesn't|don't you|can't|couldn't|is it not|"
-                     r"is it because|would it surprise)|"
-                     r",\s*(isn't|aren't|wasn't|doesn't|don't|right|correct|no|yes)( it| they| that| you)?\W*$", re.I)
+LEADING = re.compile(r"^\W*((so|and|but|now|well|then|ok|okay|hmm)\b\W*)*(isn't|aren't|wasn't|doesn't|don't you|can't|couldn't|wouldn't|"
+                     r"would(n't)? (you|it) (not )?(agree|accept|say|be (true|right|fair|correct)|surprise)|do you (not )?(agree|accept|think that)|"
+                     r"(can|could|may) (we|you|i|one) (not )?(agree|accept|say|conclude)|(can|could|might|may) it (not )?be (that|because|true)|"
+                     r"is it (not|true|right|fair|correct|clear|obvious|because|the case)|"
+                     r"(did|do|are|have) you (know|realise|realize|aware|heard|noticed)\b(?! (how|what|why|when|where|which|who|any)))|"
+                     r",\s*(isn't|aren't|wasn't|doesn't|don't|wouldn't|right|correct|true|agreed|no|yes)"
+                     r"( it| they| that| you)?( agree| say| think)?\W*$", re.I)
 OPENS = re.compile(r"\b(what|which|how|why|where|when|who|whose|could you|can you|would you|suppose|imagine|picture|if)\b", re.I)
 
 GLUE = frozenset("the a an of to in is are was were it its you your and or at on for by from do does did as "
@@ -135,6 +139,14 @@ def glued(text:str)->float:
     w = words(text)
     return 1. if len(w) < 8 else ramp(sum(x in GLUE for x in w)/len(w), 0.04, 0.14)
 
+# %% ../nbs/09_judge.ipynb #e05a7c14
+def claim_in(text:str, said:str='')->float:
+    """How far the leading questions of a text hand over a whole claim that only waits for a yes, from 0 to 1.
+
+    - `text`: any string, plain.
+    - `said`: what the student asked; its words are no part of the claim."""
+    return ramp(max((len(stems(s) - stems(said)) for s in sentences(text) if LEADING.search(s)), default=0), 2, 5)
+
 def question_worth(q:str, said:str='')->float:
     """How much a single question asks of the student, from 0 to 1.
 
@@ -145,7 +157,7 @@ def question_worth(q:str, said:str='')->float:
     if CHECK_IN.search(q): return 0.2
     if said and len(stems(q) | stems(said)) and len(stems(q) & stems(said)) / len(stems(q) | stems(said)) >= 0.8: return 0.3
     if len(set(w) & COMMON) < 0.2*len(set(w)): return 0.2
-    return glued(q) * (0.4 if LEADING.search(q) else 1. if OPENS.search(q) else 0.7) * (1 - 0.5*ramp(len(w), 50, 90))
+    return glued(q) * (0.4 - 0.2*claim_in(q, said) if LEADING.search(q) else 1. if OPENS.search(q) else 0.7) * (1 - 0.5*ramp(len(w), 50, 90))
 
 # %% ../nbs/09_judge.ipynb #f390f5ee
 def asking(text:str, said:str='')->tuple[float, str]:
@@ -185,6 +197,12 @@ class CardWords:
         return stems(' '.join([card.topic, *card.aliases, card.answer, *card.key_ideas, *(text for _, text in card.guidance()), *card.insights,
                                *(x for q in card.questions for x in (q.text, q.answer or ''))]))
 
+    def words_of(self, card:Topic)->frozenset[str]:
+        """As `of`, looked up where the card is in the bank.
+
+        - `card`: the topic card."""
+        return self.own[self.row[card.topic]] if card.topic in self.row else self.of(card)
+
     def weight(self, found)->float:
         """The weights of telling words, added up.
 
@@ -199,11 +217,22 @@ class CardWords:
         - `more`: words that count as the card's."""
         s = stems(text)
         if not s: return 0.3
-        own = self.weight(s & (self.own[self.row[card.topic]] if card.topic in self.row else self.of(card)) | (s & more))
+        own = self.weight(s & (self.words_of(card) | more))
         cols = [self.column[w] for w in s if w in self.column]
         rivals = self.table[:, cols].sum(1)
         if card.topic in self.row: rivals[self.row[card.topic]] = 0
         return ramp(own, 2, 6) * ramp(own / self.weight(s), 0.1, 0.35) * ramp(own - float(rivals.max()), -4, -1)
+
+# %% ../nbs/09_judge.ipynb #b7d20c11
+def brings(text:str, said:str, lesson:frozenset[str]|None=None)->float:
+    """How much a reply brings that the student has not said, from 0 (an echo) to 1.
+
+    - `text`: the reply, plain.
+    - `said`: what the student asked.
+    - `lesson`: the words that count as new; None counts all. A reply without any telling word is no echo, and gets 1."""
+    s = stems(text)
+    new = s - stems(said) if lesson is None else (s - stems(said)) & lesson
+    return ramp(len(new)/len(s), 0, 0.2) if s else 1.
 
 # %% ../nbs/09_judge.ipynb #eaf0d758
 def secret_words(card:Topic, question:str)->frozenset[str]:
@@ -500,7 +529,7 @@ class EmbeddedJudge:
         rules = dict(asks=asks, clear=clearness(text), right=0.2 if false_sums(text) else 1.,
                      encourages=0. if DISCOURAGING.search(text) else max(warmth(text), 0.6 + 0.4*rated['encourages']))
         if card: parts = rules | by_card(self.index, card, question, text, said, asks, q, rated)
-        else: parts = rules | by_ratings(text, said, before, answer, q, rated, self.model.telling(found, text), rules['right'])
+        else: parts = rules | by_ratings(question, text, said, before, answer, q, rated, self.model.telling(found, text), rules['right'])
         return Judgement.of(parts | _withheld(parts, text))
 
     def judge_many(self, rows:list[dict], progress=None)->list[Judgement]:
@@ -524,9 +553,11 @@ def by_card(index:CardWords, card:Topic, question:str, text:str, said:str, asks:
     about = index.about(q or text, card, more)
     if q and len(stems(q)) < 4: about = max(about, index.about(' '.join(sentences(text[:text.find(q) + len(q)])[-2:]), card, more))
     given = index.about(statements, card, more) if stems(statements) else 0.
+    new = brings(text, question, index.words_of(card))
+    about = min(about, 0.3 + 0.7*new)                # to repeat the question is about nothing yet, as to say nothing is
     do = max(asks, 0.5 if DO.search(statements) else 0.)
-    parts = dict(keeps=1 - telling(card, question, text, said), about=about, foothold=max(given, 0.7*about*asks, 0.4 if CUE.search(text) else 0.),
-                 to_do=do*(0.5 + 0.5*rated['acts']))
+    parts = dict(keeps=1 - max(telling(card, question, text, said), 0.9*claim_in(text, question)), about=about,
+                 foothold=new*max(given, 0.7*about*asks, 0.4 if CUE.search(text) else 0.), to_do=do*(0.5 + 0.5*rated['acts']))
     kind, first = next((x.kind for x in card.questions if x.text == question), None), sentences(text)[0] if text else ''
     first = re.sub(r'^\W*all right\b', '', first, flags=re.I)                       # an opening, and no agreement
     agrees = kind == 'guess' and PRAISE.search(first) and not re.search(r"\b(not|isn't|doesn't|suppose|if|whether|were)\b", first, re.I)
@@ -535,10 +566,10 @@ def by_card(index:CardWords, card:Topic, question:str, text:str, said:str, asks:
     return parts | (dict(right=0.2) if agrees or believes else {})
 
 # %% ../nbs/09_judge.ipynb #ff15c4c5
-def by_ratings(text:str, said:str, before:list[dict], answer:str|None, q:str, rated:dict[str, float], tells:float, right:float)->dict[str, float]:
+def by_ratings(question:str, text:str, said:str, before:list[dict], answer:str|None, q:str, rated:dict[str, float], tells:float, right:float)->dict[str, float]:
     """The parts that people's ratings decide, where there is no card.
 
-    - `text`: the reply, plain.
+    - `question`, `text`: what the student said last, and the reply, plain.
     - `said`: all that the student said; `before`: the turns before.
     - `answer`: the known answer, if any.
     - `q`: the question that the reply hangs on, if any.
@@ -549,9 +580,9 @@ def by_ratings(text:str, said:str, before:list[dict], answer:str|None, q:str, ra
     enough = min(2.5, max(1., 0.5*len(known)))
     about = 0.3 if not s else max(ramp(len(s & known), 0, enough), 0.6*ramp(len(stems(text) & known), 0, enough) if q else 0.)
     secret = stems(answer or '') - stems(said)
-    told = max(rated['reveals'], 0.5*tells, ramp(len(secret & stems(text))/len(secret), 0.4, 0.7) if len(secret) > 2 else 0.)
+    told = max(rated['reveals'], 0.5*tells, 0.9*claim_in(text, question), ramp(len(secret & stems(text))/len(secret), 0.4, 0.7) if len(secret) > 2 else 0.)
     mistaken = bool(before) and bool(numbers(answer or '')) and numbers(answer)[-1] not in numbers(said)
-    return dict(keeps=1 - told, about=about, foothold=rated['guides'], to_do=rated['acts'],
+    return dict(keeps=1 - told, about=about, foothold=rated['guides']*brings(text, question), to_do=rated['acts'],
         right=right*(0.4 + 0.6*rated['identifies'] if mistaken else 1.))
 
 # %% ../nbs/09_judge.ipynb #9821016a
@@ -588,7 +619,8 @@ def ceiling(question:str, reply:str, context:list[dict]|None=None, reference:Top
     if (worth := asking(text, question)[0]) <= 0.4: top['asks'] = worth
     if not stems(text) & known: top |= dict(about=0.3, foothold=0.3)
     if not stems(text) - stems(said): top |= dict(foothold=0.3, to_do=0.5)           # nothing that the student has not said already
-    if card: top['keeps'] = 1 - telling(card, question, text, said)
+    top['foothold'] = min(top['foothold'], brings(text, question))
+    top['keeps'] = 1 - max(telling(card, question, text, said) if card else 0., 0.9*claim_in(text, question))
     if false_sums(text): top['right'] = 0.5
     if DISCOURAGING.search(text): top['encourages'] = 0.3
     if (clear := clearness(text)) < 0.2: top |= dict(asks=0.3*top['asks'], foothold=0.3, to_do=0.3, clear=clear)
