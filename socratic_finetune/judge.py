@@ -127,7 +127,7 @@ LEADING = re.compile(r"^\W*((so|and|but|now|well|then|ok|okay|hmm)\b\W*)*(isn't|
                      r"is it (not|true|right|fair|correct|clear|obvious|because|the case)|"
                      r"(did|do|are|have) you (know|realise|realize|aware|heard|noticed)\b(?! (how|what|why|when|where|which|who|any)))|"
                      r",\s*(isn't|aren't|wasn't|doesn't|don't|wouldn't|right|correct|true|agreed|no|yes)"
-                     r"( it| they| that| you)?( agree| say| think)?\W*$", re.I)
+                     r"( it| they| that| you)?( so| true| right| not| agree| say| think)?\W*$", re.I)
 OPENS = re.compile(r"\b(what|which|how|why|where|when|who|whose|could you|can you|would you|suppose|imagine|picture|if)\b", re.I)
 
 GLUE = frozenset("the a an of to in is are was were it its you your and or at on for by from do does did as "
