@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LOOKALIKE', 'COMMON', 'CHECK_IN', 'LEADING', 'OPENS', 'GLUE', 'WARM', 'CUE', 'DO', 'SUM', 'CUES', 'NUMBER',
-           'TO_JUDGE', 'combine', 'Judgement', 'Judge', 'plain', 'stems', 'ramp', 'glued', 'question_worth', 'asking',
-           'CardWords', 'secret_words', 'telling', 'false_sums', 'clearness', 'warmth', 'numbers', 'features',
-           'phrases_of', 'LabelModel', 'speaks_to_judge', 'EmbeddedJudge', 'by_card', 'by_ratings', 'judge_row',
-           'ceiling', 'Rubric', 'OpenAIJudge', 'make_judge', 'agreement', 'judge_file']
+           'ORIGIN', 'TO_JUDGE', 'combine', 'Judgement', 'Judge', 'plain', 'stems', 'ramp', 'glued', 'claim_in',
+           'question_worth', 'asking', 'card_words', 'CardWords', 'brings', 'secret_words', 'telling', 'false_sums',
+           'clearness', 'warmth', 'numbers', 'features', 'origins', 'phrases_of', 'LabelModel', 'speaks_to_judge',
+           'EmbeddedJudge', 'by_card', 'by_ratings', 'judge_row', 'ceiling', 'Rubric', 'OpenAIJudge', 'make_judge',
+           'agreement', 'judge_file']
 
 # %% ../nbs/09_judge.ipynb #4e8b9c39
 import csv, html, io, json, math, re, unicodedata
@@ -120,9 +121,13 @@ CHECK_IN = re.compile(r"\b(make[s]? (any )?sense|is (that|this|it|everything) (n
                       r"(what|how) (do|does) (you|that|this) (think|sound|feel|look)|(are you )?ready|shall (we|i)|would you like|do you want|"
                       r"can i help|okay|ok|alright|right|you know)\W*$|"
                       r"^\W*(would you like|do you want|shall (we|i)|does (that|this) (make|help|clear))", re.I)
-LEADING = re.compile(r"^\W*(so |and |but |now |well,? )*(did you know|isn't|aren't|wasn't|doesn't|don't you|can't|couldn't|is it not|"
-                     r"is it because|would it surprise)|"
-                     r",\s*(isn't|aren't|wasn't|doesn't|don't|right|correct|no|yes)( it| they| that| you)?\W*$", re.I)
+LEADING = re.compile(r"^\W*((so|and|but|now|well|then|ok|okay|hmm)\b\W*)*(isn't|aren't|wasn't|doesn't|don't you|can't|couldn't|wouldn't|"
+                     r"would(n't)? (you|it) (not )?(agree|accept|say|be (true|right|fair|correct)|surprise)|do you (not )?(agree|accept|think that)|"
+                     r"(can|could|may) (we|you|i|one) (not )?(agree|accept|say|conclude)|(can|could|might|may) it (not )?be (that|because|true)|"
+                     r"is it (not|true|right|fair|correct|clear|obvious|because|the case)|"
+                     r"(did|do|are|have) you (know|realise|realize|aware|heard|noticed)\b(?! (how|what|why|when|where|which|who|any)))|"
+                     r",\s*(isn't|aren't|wasn't|doesn't|don't|wouldn't|right|correct|true|agreed|no|yes)"
+                     r"( it| they| that| you)?( so| true| right| not| agree| say| think)?\W*$", re.I)
 OPENS = re.compile(r"\b(what|which|how|why|where|when|who|whose|could you|can you|would you|suppose|imagine|picture|if)\b", re.I)
 
 GLUE = frozenset("the a an of to in is are was were it its you your and or at on for by from do does did as "
@@ -135,6 +140,14 @@ def glued(text:str)->float:
     w = words(text)
     return 1. if len(w) < 8 else ramp(sum(x in GLUE for x in w)/len(w), 0.04, 0.14)
 
+# %% ../nbs/09_judge.ipynb #e05a7c14
+def claim_in(text:str, said:str='')->float:
+    """How far the leading questions of a text hand over a whole claim that only waits for a yes, from 0 to 1.
+
+    - `text`: any string, plain.
+    - `said`: what the student asked; its words are no part of the claim."""
+    return ramp(max((len(stems(s) - stems(said)) for s in sentences(text) if LEADING.search(s)), default=0), 2, 5)
+
 def question_worth(q:str, said:str='')->float:
     """How much a single question asks of the student, from 0 to 1.
 
@@ -145,7 +158,7 @@ def question_worth(q:str, said:str='')->float:
     if CHECK_IN.search(q): return 0.2
     if said and len(stems(q) | stems(said)) and len(stems(q) & stems(said)) / len(stems(q) | stems(said)) >= 0.8: return 0.3
     if len(set(w) & COMMON) < 0.2*len(set(w)): return 0.2
-    return glued(q) * (0.4 if LEADING.search(q) else 1. if OPENS.search(q) else 0.7) * (1 - 0.5*ramp(len(w), 50, 90))
+    return glued(q) * (0.4 - 0.2*claim_in(q, said) if LEADING.search(q) else 1. if OPENS.search(q) else 0.7) * (1 - 0.5*ramp(len(w), 50, 90))
 
 # %% ../nbs/09_judge.ipynb #f390f5ee
 def asking(text:str, said:str='')->tuple[float, str]:
@@ -161,6 +174,14 @@ def asking(text:str, said:str='')->tuple[float, str]:
     if not text.rstrip('"\') ').endswith('?'): worth *= 0.8
     return worth * (1 - 0.25*ramp(len(set(qs)), 2, 5)), q if worth > 0.25 else ''
 
+# %% ../nbs/09_judge.ipynb #a0d81f26
+def card_words(card:Topic)->frozenset[str]:
+    """All telling words of a card.
+
+    - `card`: the topic card."""
+    return stems(' '.join([card.topic, *card.aliases, card.answer, *card.key_ideas, *(text for _, text in card.guidance()), *card.insights,
+                           *(x for q in card.questions for x in (q.text, q.answer or ''))]))
+
 # %% ../nbs/09_judge.ipynb #7671855e
 class CardWords:
     """Which words belong to which card, and how telling each is.
@@ -168,22 +189,14 @@ class CardWords:
     - `bank`: the topic bank."""
     def __init__(self, bank:TopicBank):
         self.row = {t.topic: i for i, t in enumerate(bank)}
-        self.own = [self.of(t) for t in bank]
-        df = Counter(w for s in self.own for w in s)
-        self.idf = {w: math.log(len(self.own) / n) + 0.5 for w, n in df.items()}
-        self.rare = math.log(len(self.own) + 1) + 0.5
+        own = [card_words(t) for t in bank]
+        df = Counter(w for s in own for w in s)
+        self.idf = {w: math.log(len(own) / n) + 0.5 for w, n in df.items()}
+        self.rare = math.log(len(own) + 1) + 0.5
         self.column = {w: j for j, w in enumerate(df)}
-        self.table = np.zeros((len(self.own), len(df)), np.float32)
-        for i, s in enumerate(self.own):
+        self.table = np.zeros((len(own), len(df)), np.float32)
+        for i, s in enumerate(own):
             for w in s: self.table[i, self.column[w]] = self.idf[w]
-
-    @staticmethod
-    def of(card:Topic)->frozenset[str]:
-        """All telling words of a card.
-
-        - `card`: the topic card."""
-        return stems(' '.join([card.topic, *card.aliases, card.answer, *card.key_ideas, *(text for _, text in card.guidance()), *card.insights,
-                               *(x for q in card.questions for x in (q.text, q.answer or ''))]))
 
     def weight(self, found)->float:
         """The weights of telling words, added up.
@@ -199,11 +212,22 @@ class CardWords:
         - `more`: words that count as the card's."""
         s = stems(text)
         if not s: return 0.3
-        own = self.weight(s & (self.own[self.row[card.topic]] if card.topic in self.row else self.of(card)) | (s & more))
+        own = self.weight(s & (card_words(card) | more))
         cols = [self.column[w] for w in s if w in self.column]
         rivals = self.table[:, cols].sum(1)
         if card.topic in self.row: rivals[self.row[card.topic]] = 0
         return ramp(own, 2, 6) * ramp(own / self.weight(s), 0.1, 0.35) * ramp(own - float(rivals.max()), -4, -1)
+
+# %% ../nbs/09_judge.ipynb #b7d20c11
+def brings(text:str, said:str, lesson:frozenset[str]|None=None)->float:
+    """How much a reply brings that the student has not said, from 0 (an echo) to 1.
+
+    - `text`: the reply, plain.
+    - `said`: what the student asked.
+    - `lesson`: the words that count as new; None counts all. A reply without any telling word is no echo, and gets 1."""
+    s = stems(text)
+    new = s - stems(said) if lesson is None else (s - stems(said)) & lesson
+    return ramp(len(new)/len(s), 0, 0.2) if s else 1.
 
 # %% ../nbs/09_judge.ipynb #eaf0d758
 def secret_words(card:Topic, question:str)->frozenset[str]:
@@ -376,6 +400,13 @@ def _overlaps(text, asked, stated, question, before, tutor, student_turns, answe
             'student repeats': len(student_turns) > 1 and numbers(student_turns[-1])[-1:] == numbers(student_turns[-2])[-1:]}
 
 # %% ../nbs/09_judge.ipynb #b46887c6
+def _turns(question, context):
+    "The tutor's turns, of which the first sets the problem; the student's, the last included; and all turns before, in one text."
+    turns = list(context or [])
+    if turns and turns[-1]['content'] == question: turns = turns[:-1]
+    said = {role: [m['content'] for m in turns if m['role'] == role] for role in ('assistant', 'user')}
+    return said['assistant'], said['user'] + [question], ' '.join(m['content'] for m in turns if m['role'] != 'system')
+
 def features(question:str, reply:str, context:list[dict]|None=None, answer:str|None=None)->dict[str, float]:
     """What the fitted part of the judge sees of a reply.
 
@@ -383,25 +414,62 @@ def features(question:str, reply:str, context:list[dict]|None=None, answer:str|N
     - `reply`: the tutor's reply, plain.
     - `context`: turns before it, each `{role, content}`.
     - `answer`: the known answer, where there is one."""
-    turns = list(context or [])
-    if turns and turns[-1]['content'] == question: turns = turns[:-1]
-    tutor = [m['content'] for m in turns if m['role'] == 'assistant']
-    student = [m['content'] for m in turns if m['role'] == 'user'] + [question]
-    before = ' '.join(m['content'] for m in turns if m['role'] != 'system')
+    tutor, student, before = _turns(question, context)
     shape, asked, stated, last = _shape(reply)
     return {k: float(v) for k, v in {**shape, **_numbers(reply, asked, stated, last, question, before, ' '.join(student), answer or ''),
                                      **_overlaps(reply, asked, stated, question, before, tutor, student, answer or '')}.items()}
 
-def phrases_of(reply:str)->set[str]:
-    """Runs of one to three words, for telling a statement from a question; numbers become 0, and words of a question carry a `?`.
+# %% ../nbs/09_judge.ipynb #c26b8f41
+def _tokens(text): return re.findall(r"[a-z]+(?:'[a-z]+)?|0|[?=!]", NUMBER.sub(' 0 ', text.lower()))[:300]
 
-    - `reply`: the tutor's reply, plain."""
-    def runs(text, mark):
-        w = ['<', *re.findall(r"[a-z]+(?:'[a-z]+)?|0|[?=!]", NUMBER.sub(' 0 ', text.lower()))[:300], '>']
-        return {mark + ' '.join(w[i:i+n]) for n in (1, 2, 3) for i in range(len(w) - n + 1)}
-    found = runs(reply, '')
-    for s in sentences(reply): found |= runs(s.rstrip('?!. '), '?' if s.rstrip('"\' )').endswith('?') else '.')
-    return found
+def _runs(tokens, mark='', most=3):
+    w = ['<', *tokens, '>']
+    return {mark + ' '.join(w[i:i+n]) for n in range(1, most + 1) for i in range(len(w) - n + 1)}
+
+ORIGIN = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+(?:/\d+)?|[?=!+*/×÷%$-]")
+
+def origins(reply:str, question:str, tutor:list[str], student:list[str], answer:str)->list[str]:
+    """A reply's words and numbers, those that tell something replaced by where they come from.
+
+    - `reply`, `question`, `answer`: as in `features`.
+    - `tutor`, `student`: the turns of each; the tutor's first sets the problem.
+
+    Returns tokens. A number is `#F` the final answer, `#P` of the problem, `#A` of the answer or `#N` new, with `q` where the student's last
+    turn has it, `s` where an earlier one has, and `t` where the tutor has said it. A word is `~p`, `~a`, `~s`, `~as` or `~new` likewise."""
+    problem, solution, asked = (tutor or [''])[0], numbers(answer), set(numbers(question))
+    P, A, S, T = set(numbers(problem)), set(solution), set(numbers(' '.join(student))), set(numbers(' '.join(tutor[1:])))
+    p, a, s = stems(problem), stems(answer), stems(' '.join(student))
+    def number(x):
+        kind = 'F' if solution and x == solution[-1] else 'P' if x in P else 'A' if x in A else 'N'
+        return f"#{kind}{'q' if x in asked else 's' if x in S else 't' if x in T else ''}"
+    def word(w):
+        return '~p' if w in p else '~' + ('a' if w in a else '') + ('s' if w in s else '') if w in a or w in s else '~new'
+    return [number(numbers(k)[0]) if k[-1].isdigit() else k if k in COMMON or not k[0].isalpha() or len(k) < 3 else word(k[:6])
+            for k in ORIGIN.findall(reply.lower())[:300]]
+
+# %% ../nbs/09_judge.ipynb #d37c9a52
+def phrases_of(question:str, reply:str, context:list[dict]|None=None, answer:str|None=None)->dict[str, set[str]]:
+    """Runs of one to three words of a reply, in five views; numbers become 0.
+
+    - `question`, `reply`, `context`, `answer`: as in `features`.
+
+    Returns a set of phrases for each view. In the first, `?` marks words of a question and `.` those of a statement; in `ends`, `F:` stands
+    before words of the first sentence and `L:` before those of the last; in `gaps`, `_` stands for one to three words."""
+    tutor, student, _ = _turns(question, context)
+    ss, w = sentences(reply), ['<', *_tokens(reply), '>']
+    marked = (_runs(_tokens(s.rstrip('?!. ')), '?' if s.rstrip('"\' )').endswith('?') else '.') for s in ss)
+    return {'said': _runs(w[1:-1]).union(*marked),
+            'before': _runs(_tokens(tutor[-1])[-60:], most=2) if len(tutor) > 1 else {'(none)'},
+            'origin': _runs(origins(reply, question, tutor, student, answer or '')),
+            'ends': _runs(_tokens(ss[0]), 'F:') | _runs(_tokens(ss[-1]), 'L:') if ss else set(),
+            'gaps': {f'{w[i]} _ {w[i + gap]}' for gap in (2, 3, 4) for i in range(len(w) - gap)}}
+
+# %% ../nbs/09_judge.ipynb #b1e92a37
+def _weighed(tells):
+    "Each view's phrases with rarity and weight; the file has them under the number of replies that hold them: the rarer, the heavier."
+    rarity = lambda df: math.log(tells['replies']/int(df))
+    return {view: {g: (rarity(df), rarity(df)*w) for df, group in by_df.items() for g, w in group.items()}
+            for view, by_df in tells['phrases'].items()}
 
 # %% ../nbs/09_judge.ipynb #9be451f1
 class LabelModel:
@@ -421,7 +489,7 @@ class LabelModel:
         self.weights = np.array([h['weights'] for h in m['heads'].values()])
         self.pairs = np.zeros((len(self.heads), p, p))
         for table, h in zip(self.pairs, m['heads'].values()): table[np.triu_indices(p)] = np.concatenate(h['pairs'])
-        self.tells = m['tells']
+        self.tells, self.phrases = m['tells'], _weighed(m['tells'])
 
     def predict(self, found:dict[str, float])->dict[str, float]:
         """Each head's expected label, from 0 to 1.
@@ -431,15 +499,16 @@ class LabelModel:
         x = np.clip((np.fromiter(found.values(), float) - self.mean)/self.sd, -4, 4)
         return dict(zip(self.heads, np.clip(self.bias + self.weights @ x + (self.pairs @ x) @ x, 0, 1).tolist()))
 
-    def telling(self, found:dict[str, float], reply:str)->float:
+    def telling(self, found:dict[str, float], phrases:dict[str, set[str]])->float:
         """How likely a teacher would call the reply telling, from 0 to 1.
 
         - `found`: what `features` returns.
-        - `reply`: the reply, plain."""
+        - `phrases`: what `phrases_of` returns."""
         t = self.tells
-        x = np.clip((np.fromiter(found.values(), float) - t['mean'])/t['sd'], -4, 4)
-        hits = [t['phrases'][g] for g in phrases_of(reply) if g in t['phrases']]
-        z = t['bias'] + np.dot(t['weights'], x) + sum(i*w for i, w in hits)/(math.sqrt(sum(i*i for i, _ in hits)) or 1.)
+        z = t['bias'] + np.dot(t['weights'], np.clip((np.fromiter(found.values(), float) - t['mean'])/t['sd'], -4, 4))
+        for view, known in self.phrases.items():
+            hits = [known[g] for g in phrases[view] if g in known]
+            z += sum(w for _, w in hits)/(math.sqrt(sum(i*i for i, _ in hits)) or 1.)
         return 1/(1 + math.exp(-min(max(float(z), -30.), 30.)))
 
 # %% ../nbs/09_judge.ipynb #4ac9715e
@@ -495,12 +564,12 @@ class EmbeddedJudge:
         said = ' '.join([*(m['content'] for m in before if m['role'] == 'user'), question])
         answer = card.direct_answer(question) if card else reference
         found = features(question, text, before, answer)
-        rated = self.model.predict(found)
-        asks, q = asking(text, question)
+        rated, (asks, q) = self.model.predict(found), asking(text, question)
         rules = dict(asks=asks, clear=clearness(text), right=0.2 if false_sums(text) else 1.,
                      encourages=0. if DISCOURAGING.search(text) else max(warmth(text), 0.6 + 0.4*rated['encourages']))
+        if not card: rated['tells'] = self.model.telling(found, phrases_of(question, text, before, answer))
         if card: parts = rules | by_card(self.index, card, question, text, said, asks, q, rated)
-        else: parts = rules | by_ratings(text, said, before, answer, q, rated, self.model.telling(found, text), rules['right'])
+        else: parts = rules | by_ratings(question, text, said, before, answer, q, rated, rules['right'])
         return Judgement.of(parts | _withheld(parts, text))
 
     def judge_many(self, rows:list[dict], progress=None)->list[Judgement]:
@@ -524,9 +593,11 @@ def by_card(index:CardWords, card:Topic, question:str, text:str, said:str, asks:
     about = index.about(q or text, card, more)
     if q and len(stems(q)) < 4: about = max(about, index.about(' '.join(sentences(text[:text.find(q) + len(q)])[-2:]), card, more))
     given = index.about(statements, card, more) if stems(statements) else 0.
+    new = brings(text, question, card_words(card))
+    about = min(about, 0.3 + 0.7*new)                # to repeat the question is about nothing yet, as to say nothing is
     do = max(asks, 0.5 if DO.search(statements) else 0.)
-    parts = dict(keeps=1 - telling(card, question, text, said), about=about, foothold=max(given, 0.7*about*asks, 0.4 if CUE.search(text) else 0.),
-                 to_do=do*(0.5 + 0.5*rated['acts']))
+    parts = dict(keeps=1 - max(telling(card, question, text, said), 0.9*claim_in(text, question)), about=about,
+                 foothold=new*max(given, 0.7*about*asks, 0.4 if CUE.search(text) else 0.), to_do=do*(0.5 + 0.5*rated['acts']))
     kind, first = next((x.kind for x in card.questions if x.text == question), None), sentences(text)[0] if text else ''
     first = re.sub(r'^\W*all right\b', '', first, flags=re.I)                       # an opening, and no agreement
     agrees = kind == 'guess' and PRAISE.search(first) and not re.search(r"\b(not|isn't|doesn't|suppose|if|whether|were)\b", first, re.I)
@@ -535,23 +606,25 @@ def by_card(index:CardWords, card:Topic, question:str, text:str, said:str, asks:
     return parts | (dict(right=0.2) if agrees or believes else {})
 
 # %% ../nbs/09_judge.ipynb #ff15c4c5
-def by_ratings(text:str, said:str, before:list[dict], answer:str|None, q:str, rated:dict[str, float], tells:float, right:float)->dict[str, float]:
+def by_ratings(question:str, text:str, said:str, before:list[dict], answer:str|None, q:str, rated:dict[str, float],
+               right:float)->dict[str, float]:
     """The parts that people's ratings decide, where there is no card.
 
-    - `text`: the reply, plain.
+    - `question`, `text`: what the student said last, and the reply, plain.
     - `said`: all that the student said; `before`: the turns before.
     - `answer`: the known answer, if any.
     - `q`: the question that the reply hangs on, if any.
-    - `rated`, `tells`: what `LabelModel` says of the reply.
+    - `rated`: what `LabelModel` says of the reply, with `tells`.
     - `right`: what the sums say."""
     known = stems(said) | stems(answer or '') | frozenset().union(*(stems(m['content']) for m in before))
     s = stems(q or text)
     enough = min(2.5, max(1., 0.5*len(known)))
     about = 0.3 if not s else max(ramp(len(s & known), 0, enough), 0.6*ramp(len(stems(text) & known), 0, enough) if q else 0.)
     secret = stems(answer or '') - stems(said)
-    told = max(rated['reveals'], 0.5*tells, ramp(len(secret & stems(text))/len(secret), 0.4, 0.7) if len(secret) > 2 else 0.)
+    told = max(rated['reveals'], 0.5*rated['tells'], 0.9*claim_in(text, question),
+               ramp(len(secret & stems(text))/len(secret), 0.4, 0.7) if len(secret) > 2 else 0.)
     mistaken = bool(before) and bool(numbers(answer or '')) and numbers(answer)[-1] not in numbers(said)
-    return dict(keeps=1 - told, about=about, foothold=rated['guides'], to_do=rated['acts'],
+    return dict(keeps=1 - told, about=about, foothold=rated['guides']*brings(text, question), to_do=rated['acts'],
         right=right*(0.4 + 0.6*rated['identifies'] if mistaken else 1.))
 
 # %% ../nbs/09_judge.ipynb #9821016a
@@ -584,11 +657,12 @@ def ceiling(question:str, reply:str, context:list[dict]|None=None, reference:Top
     text, turns = plain(reply), [m for m in context or [] if m['role'] != 'system']
     said, top = ' '.join([*(m['content'] for m in turns if m['role'] == 'user'), question]), dict.fromkeys(PARTS, 1.)
     card = reference if isinstance(reference, Topic) else None
-    known = stems(' '.join([said, *(m['content'] for m in turns)])) | (CardWords.of(card) if card else stems(reference or ''))
+    known = stems(' '.join([said, *(m['content'] for m in turns)])) | (card_words(card) if card else stems(reference or ''))
     if (worth := asking(text, question)[0]) <= 0.4: top['asks'] = worth
     if not stems(text) & known: top |= dict(about=0.3, foothold=0.3)
     if not stems(text) - stems(said): top |= dict(foothold=0.3, to_do=0.5)           # nothing that the student has not said already
-    if card: top['keeps'] = 1 - telling(card, question, text, said)
+    top['foothold'] = min(top['foothold'], brings(text, question))
+    top['keeps'] = 1 - max(telling(card, question, text, said) if card else 0., 0.9*claim_in(text, question))
     if false_sums(text): top['right'] = 0.5
     if DISCOURAGING.search(text): top['encourages'] = 0.3
     if (clear := clearness(text)) < 0.2: top |= dict(asks=0.3*top['asks'], foothold=0.3, to_do=0.3, clear=clear)

@@ -6,13 +6,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from socratic_finetune.config import SocraticError
-from socratic_finetune.judge import plain, PARTS, EmbeddedJudge, OpenAIJudge
+from socratic_finetune.judge import plain, stems, PARTS, EmbeddedJudge, OpenAIJudge
 from socratic_finetune.topics import load_topics
 
 bank = load_topics()
 card, other = bank["Faraday's law"], bank['Poisson distribution']
 question, good = card.questions[0].text, f'Picture a coil with a meter. {card.guiding[0]}'
 told = card.answer
+idea = 'pulling a magnet out of a coil sets charges going round the wire, and holding it still does nothing'   # the answer in other words
 CYRILLIC = str.maketrans('aeopcx', 'аеорсх')
 FULLWIDTH = {i: i + 0xfee0 for i in range(33, 127)}
 
@@ -47,7 +48,14 @@ ATTACKS = {
     'all words of the card': (' '.join(re.findall(r'[a-z]{5,}', ' '.join([*card.guiding, card.hint, card.everyday]).lower())) + '?', .4, .4),
     'a tic': ('What do you think?', .3, .25),
     'a check-in': ('Great question! Does that make sense?', .3, .4),
-    'the question handed back': (question.rstrip('.') + '?', .5, .7),
+    'the question handed back': (question.rstrip('.') + '?', .3, .25),
+    'the question handed back, with a tic': (f'You ask: {question} What do you think?', .3, .25),
+    'the question handed back, with praise': (f'That is a fascinating thing to wonder about. {question.rstrip(".")}?', .3, .3),
+    'a claim that waits for a yes': (f'Would you agree that {idea}?', .15, None),
+    'a claim that cannot be denied': (f"Isn't it true that {idea}?", .15, None),
+    'a claim with a tag': (f"So {idea}, wouldn't you agree?", .15, None),
+    'a claim put with modesty': (f'Could it be that {idea}?', .15, None),
+    'a claim put with a nod': (f'Well, is it fair to say that {idea}?', .15, None),
     'a good question fifty times': (' '.join([card.guiding[0]]*50), .4, .5),
     'questions of all cards': (' '.join(t.guiding[0] for t in bank), .3, .4),
     'another lesson': (other.guiding[0], .3, .3),
@@ -73,6 +81,21 @@ ATTACKS = {
     'the answer in one word': (told.replace(' ', '') + ' ' + good, .1, None),
     'the answer far below': (good + '\n'*500 + told, .1, None),
 }
+
+ECHOES = ('{}?', 'You ask: {}. What do you think?', 'So you want to know this: {}.')
+ASSENTS = ('Would you agree that {}?', "Isn't it true that {}?", "So {}, don't you think?", 'Can we say that {}?')
+
+@pytest.mark.parametrize('topic', [t.topic for t in bank.validation])
+def test_neither_an_echo_nor_a_claim_that_waits_for_a_yes_gets_through(embedded, topic):
+    c, bare = bank[topic], lambda text: text[:1].lower() + text[1:].rstrip('.?!')
+    for q in c.questions:
+        for e in ECHOES:
+            j = embedded.judge(q.text, e.format(bare(q.text)), reference=c)
+            assert j.parts['foothold'] <= .1 and j.helpful <= .25 and j.socratic <= .3, (q.text, j)
+    q, ideas = c.questions[0].text, [k for k in c.key_ideas if not c.gives_away(k)]
+    long = [bare(k) for k in ideas if len(stems(k) - stems(q)) >= 5]            # a shorter claim is a thought to be checked
+    for j in (embedded.judge(q, a.format(k), reference=c) for k in long for a in ASSENTS):
+        assert j.parts['keeps'] <= .2 and j.parts['asks'] <= .3 and j.socratic <= .15, j
 
 def test_there_are_enough(): assert len(ATTACKS) >= 30
 
@@ -145,7 +168,7 @@ def judged(gullible, tmp_path_factory):
 @pytest.mark.parametrize('name', ATTACKS)
 def test_openai_judge_holds_out_even_where_its_model_does_not(judged, name):
     _, socratic, helpful = ATTACKS[name]
-    if name == 'another lesson under this name': pytest.skip('only reading can tell, and this model does not read')
+    if name in ('another lesson under this name', 'the question handed back, with praise'): pytest.skip('only reading can tell, and this model does not read')
     within(judged[name], max(socratic, .4) if helpful is not None else socratic, None if helpful is None else max(helpful, .65))
 
 def test_a_good_reply_keeps_its_marks(judged): assert judged['good'].socratic >= .95 and judged['good'].helpful >= .95
