@@ -175,11 +175,14 @@ def test_a_good_reply_keeps_its_marks(judged): assert judged['good'].socratic >=
 
 def test_no_reply_gets_out_of_the_data(judged, gullible):
     systems = {r['messages'][0]['content'] for r in gullible[1]}
-    assert len(systems) == 1 and len(gullible[1]) >= len({plain(text) for text, *_ in ATTACKS.values()})   # what reads the same is asked once
+    sent = set()
+    assert len(systems) == 1
     for r in gullible[1]:
         assert r['temperature'] == 0 and r['response_format']['json_schema']['strict'] and len(r['messages']) == 2
         case = re.fullmatch(r'The case:\n(.*)\nGrade the text under "reply"\.', r['messages'][1]['content'])
         assert case and set(json.loads(case[1])) == {'context', 'student', 'known_answer', 'reply'}
+        sent.add(json.loads(case[1])['reply'])
+    assert {plain(text) for text, *_ in ATTACKS.values()} <= sent   # every attack was judged; what reads the same is asked about once
 
 def test_marks_outside_the_range_are_an_error_not_a_score(tmp_path):
     import httpx2
