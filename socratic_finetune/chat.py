@@ -6,7 +6,7 @@
 __all__ = ['INVISIBLE', 'PAGE', 'HELP', 'Answer', 'Exchange', 'Conversation', 'context_length', 'count_tokens', 'fit_messages',
            'in_words', 'token_length', 'speak', 'visible', 'render_text', 'training_rows', 'as_markdown',
            'scores_in_words', 'preference_pairs', 'save_pairs', 'transcript_html', 'OneAtATime', 'Chat', 'answer_all',
-           'score_all', 'Endpoint', 'server_fault', 'endpoint_at', 'Sides', 'take_sides', 'style_html', 'body_html',
+           'score_all', 'server_fault', 'Endpoint', 'endpoint_at', 'Sides', 'take_sides', 'style_html', 'body_html',
            'foot_html', 'ExchangeView', 'live_page', 'known_questions', 'question_chips', 'sampling_form',
            'default_sampling', 'ChatParts', 'ChatShow', 'ChatButtons', 'save_conversation', 'ChatSaves', 'ChatWidget',
            'run_chat', 'page_notebook', 'serve_chat', 'Terminal', 'reply_in_terminal', 'terminal_command',
@@ -426,6 +426,16 @@ def score_all(chat:Chat, exchange:Exchange)->None:
         except Exception as e: a.scores = dict(error=in_words(e))
         chat.changed(exchange, arm)
 
+# %% ../nbs/08_chat.ipynb #c8a0fb16
+def server_fault(error, model:str, client)->SocraticError:
+    """What to say of an error of the `openai` library; no key is in it.
+
+    - `error`: the error.
+    - `model`: the model's name.
+    - `client`: whose address is named, and whose key is not."""
+    silent = f'{model} at {client.base_url} did not answer ({type(error).__name__}): check that the server is up, and its address'
+    return SocraticError(scrub(str(hopeless(error, model, str(client.base_url)) or silent), client.api_key))
+
 # %% ../nbs/08_chat.ipynb #0ef37f31
 class Endpoint:
     """A tutor behind an OpenAI-compatible server.
@@ -468,15 +478,6 @@ class Endpoint:
                 if not (param := unknown_parameter(e, body)): raise
                 self.left_out.add(param)
 
-def server_fault(error, model:str, client)->SocraticError:
-    """What to say of an error of the `openai` library; no key is in it.
-
-    - `error`: the error.
-    - `model`: the model's name.
-    - `client`: whose address is named, and whose key is not."""
-    silent = f'{model} at {client.base_url} did not answer ({type(error).__name__}): check that the server is up, and its address'
-    return SocraticError(scrub(str(hopeless(error, model, str(client.base_url)) or silent), client.api_key))
-
 # %% ../nbs/08_chat.ipynb #c8a0fb05
 def endpoint_at(address:str, client=None)->Endpoint:
     """The model at a server's address.
@@ -495,7 +496,7 @@ def endpoint_at(address:str, client=None)->Endpoint:
         if not model or getattr(e, 'status_code', 401) in (401, 403): raise server_fault(e, model or 'the server', client) from None
         there = {}                      # some servers keep no list; whether the model is there shows at the first question
     if not model and len(there) != 1:
-        raise SocraticError(f"{url} has {len(there)} models ({', '.join([*there][:5])}): name one after a #, as in {url}#{next(iter(there), 'MODEL')}")
+        raise SocraticError(f"{url} has {len(there)} models ({', '.join([*there][:5])}): name one after a #, as {url}#{next(iter(there), 'MODEL')}")
     model = model or next(iter(there))
     return Endpoint(model, client, context=getattr(there.get(model), 'max_model_len', None) or 4096)
 
@@ -920,13 +921,6 @@ if __name__ == '__main__' and '__file__' in globals():
     except SocraticError as e: sys.exit(f'Error: {e}')
 
 # %% ../nbs/08_chat.ipynb #7486de3c
-HELP = """/base, /tuned, /both   who answers
-/retry                 answer the last message again, drawn at temperature 0.7 if replies are greedy
-/save [FILE]           save the conversation: .jsonl (training format) or .md
-/reset                 begin a new conversation
-/help                  this list
-exit, Ctrl-D           leave; Ctrl-C stops a reply"""
-
 class Terminal:
     """Where a terminal chat reads and writes: colours and a prompt for people, plain lines for pipes.
 
@@ -1003,6 +997,13 @@ def _stream(conversation, tutor, arm, stop, terminal, named, sampling):
     if notes and not terminal.person: terminal.tell(' '.join(notes))
 
 # %% ../nbs/08_chat.ipynb #95f01dfb
+HELP = """/base, /tuned, /both   who answers
+/retry                 answer the last message again, drawn at temperature 0.7 if replies are greedy
+/save [FILE]           save the conversation: .jsonl (training format) or .md
+/reset                 begin a new conversation
+/help                  this list
+exit, Ctrl-D           leave; Ctrl-C stops a reply"""
+
 def terminal_command(line:str, conversation:Conversation, arms:tuple, terminal:Terminal, folder:Path)->str|None:
     """Obey a line that begins with a slash.
 
