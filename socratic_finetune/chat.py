@@ -350,7 +350,9 @@ class OneAtATime:
         self._stop.set()
 
     def wait(self, seconds:float|None=None)->bool:
-        "Wait for the running job; whether it has ended."
+        """Wait for the running job; whether it has ended.
+
+        - `seconds`: the longest wait; None has no end."""
         if self._thread is not None and self._thread is not threading.current_thread(): self._thread.join(seconds)
         return not self.busy
 
@@ -373,11 +375,19 @@ class Chat(OneAtATime):
         self.changed = lambda exchange, arm: None
 
     def send(self, text:str)->bool:
-        "Send a message. Returns False, and does nothing, while an earlier one is being answered."
+        """Send a message. Returns False, and does nothing, while an earlier one is being answered.
+
+        - `text`: the message.
+
+        Raises `SocraticError` if it holds no text."""
         return self.begin(lambda: self.conversation.ask(text), lambda e, stop: self._answer(e, stop, self.sampling))
 
     def edit(self, text:str)->bool:
-        "Put the last message differently; its answers are made anew."
+        """Put the last message differently; its answers are made anew. Returns False while it is still being answered.
+
+        - `text`: the new wording.
+
+        Raises `SocraticError` if it holds no text, or nothing has been asked."""
         return self.begin(lambda: self.conversation.ask_again(text), lambda e, stop: self._answer(e, stop, self.sampling))
 
     def regenerate(self)->bool:
@@ -415,7 +425,9 @@ def answer_all(chat:Chat, exchange:Exchange, stop:threading.Event, sampling:dict
     if chat.judge is not None and not stop.is_set(): score_all(chat, exchange)
 
 def score_all(chat:Chat, exchange:Exchange)->None:
-    "Have the judge score an exchange's finished replies; where it fails, the score is missing and says so."
+    """Have the judge score an exchange's finished replies; where it fails, the score is missing and says so.
+
+    - `chat`, `exchange`: as above."""
     said = [e.user for e in reversed(chat.conversation.exchanges)]
     topic = next((t for t in map(chat.bank.find, said) if t), None) if chat.bank is not None else None
     for arm, a in exchange.answers.items():
@@ -537,7 +549,9 @@ def style_html()->str:
 
 # %% ../nbs/08_chat.ipynb #c8a0fb09
 def body_html(answer:Answer)->str:
-    "What a side has said so far, or what it is about to do, with its note."
+    """What a side has said so far, or what it is about to do, with its note.
+
+    - `answer`: its text and note are escaped."""
     said = render_text(answer.text) or {'waiting': '<p class="sf-note">waits for its turn</p>', 'streaming': '<p class="sf-note sf-busy">reads</p>',
                                         'stopped': '<p class="sf-note">stopped before its first word</p>'}.get(answer.status, '')
     fault = 'class="sf-note sf-error" role="alert"' if answer.status == 'failed' else 'class="sf-note"'
@@ -545,7 +559,9 @@ def body_html(answer:Answer)->str:
     return f'<div class="sf-said" dir="auto" role="group" aria-label="{html.escape(answer.arm)} says" tabindex="0">{said}</div>{note}'
 
 def foot_html(answer:Answer)->str:
-    "A reply's scores, and its pace."
+    """A reply's scores, and its pace.
+
+    - `answer`: the reply."""
     badges = ''.join(f'<span class="sf-badge" title="what the judge says">{k} {html.escape(v)}</span>' for k, v in scores_in_words(answer))
     return f'<div class="sf-facts">{badges}<span>{" · ".join(_details(answer))}</span></div>'
 
@@ -653,7 +669,10 @@ def sampling_form(chat:Chat):
     return _classed(w.Accordion([form], titles=('Sampling and system prompt',), selected_index=None), 'sf-fold')
 
 def default_sampling(tutor, given:dict)->dict:
-    "Every sampling control with a value: what is given, else greedy replies of the settings' length."
+    """Every sampling control with a value: what is given, else greedy replies of the settings' length.
+
+    - `tutor`: its `settings` count, where it has some.
+    - `given`: values by name."""
     settings = getattr(tutor, 'settings', None) or settings_for()
     return {**dict(temperature=0., top_p=1., max_new_tokens=settings.max_new_tokens, repetition_penalty=1., seed=settings.seed), **given}
 
@@ -807,6 +826,12 @@ class ChatSaves(ChatButtons):
         from IPython.display import HTML
         return HTML(f'<details class="sf-kept" open><summary>Transcript</summary>{transcript_html(self.conversation)}</details>')
 
+    def _ipython_display_(self):
+        from IPython.display import HTML, display
+        if not (live_page() if self.live is None else self.live): return display(HTML(transcript_html(self.conversation)))
+        display(self.box)
+        if not _in_voila(): self._kept = display(self._keepsake(), display_id=True)
+
 # %% ../nbs/08_chat.ipynb #425748b3
 class ChatWidget(ChatSaves):
     """A chat page: the sides of a tutor answering the same messages.
@@ -837,11 +862,15 @@ class ChatWidget(ChatSaves):
     def conversation(self)->Conversation: return self.chat.conversation
 
     def ask(self, text:str)->bool:
-        "Send a message as if it had been typed. Returns False while an earlier one is being answered."
+        """Send a message as if it had been typed. Returns False while an earlier one is being answered.
+
+        - `text`: the message."""
         return self._try(lambda: self.chat.send(text))
 
     def wait(self, seconds:float|None=None)->bool:
-        "Wait for the replies; whether they are all there."
+        """Wait for the replies; whether they are all there.
+
+        - `seconds`: the longest wait; None has no end."""
         return self.chat.wait(seconds)
 
     def close(self)->None:
@@ -849,12 +878,6 @@ class ChatWidget(ChatSaves):
         self.chat.stop()
         self.chat.wait()
         self.box.close()
-
-    def _ipython_display_(self):
-        from IPython.display import HTML, display
-        if not (live_page() if self.live is None else self.live): return display(HTML(transcript_html(self.conversation)))
-        display(self.box)
-        if not _in_voila(): self._kept = display(self._keepsake(), display_id=True)
 
 # %% ../nbs/08_chat.ipynb #d15bc4b0
 def run_chat(run:str='demo', profile:str='pocket', judge=None, live:bool|None=None, base:str|None=None, tuned:str|None=None)->ChatWidget:

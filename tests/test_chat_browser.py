@@ -260,7 +260,7 @@ def test_toy_chat_in_jupyterlab(lab, page, shots, desk):
 
     page.get_by_role('menuitem', name='Kernel', exact=True).click()         # the kernel is gone: what was said stays on the page
     page.get_by_text('Restart Kernel…', exact=True).click()
-    page.locator('.jp-Dialog').get_by_role('button', name='Restart', exact=True).click()
+    page.locator('.jp-Dialog button.jp-mod-accept').click()
     page.locator('.jp-Dialog').wait_for(state='detached')
     page.reload()
     page.locator('.sf-kept').wait_for()
