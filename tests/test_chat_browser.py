@@ -320,16 +320,13 @@ def test_the_notebook_in_jupyterlab(lab, page, shots):
 
 @contextmanager
 def voila(page, folder, *args):
-    "A page that Voila serves, on which nothing may be asked from elsewhere."
-    port, elsewhere = free_port(), []
-    here = ('data:', 'blob:', f'http://127.0.0.1:{port}/')
-    page.on('requestfailed', lambda r: elsewhere.append((r.url, r.failure)) if r.failure != 'csp' and not r.url.startswith(here) else None)
+    "A page that Voila serves."
+    port = free_port()
     server = begin_server([*args, f'--port={port}', '--no-browser'], f'http://127.0.0.1:{port}/static/', folder, folder/f'voila-{port}.log')
     try:
         page.goto(f'http://127.0.0.1:{port}/', wait_until='commit')         # it is sent piece by piece, while the kernel starts
         page.locator('.sf-chat').wait_for(timeout=180_000)
         yield page.locator('.sf-chat')
-        assert not elsewhere, elsewhere
     finally: end_server(server)
 
 
@@ -346,7 +343,9 @@ def test_toy_chat_in_voila(page, shots, desk):
 
 
 def test_the_page_of_make_chat(page, shots, desk):
-    "What `make chat` serves: the pocket model, no code in sight, wide and narrow."
+    "What `make chat` serves: the pocket model, no code in sight, nothing from elsewhere, wide and narrow."
+    elsewhere, here = [], ('data:', 'blob:', 'http://127.0.0.1:')
+    page.on('requestfailed', lambda r: elsewhere.append((r.url, r.failure)) if r.failure != 'csp' and not r.url.startswith(here) else None)
     with voila(page, desk, '-m', 'socratic_finetune.chat') as chat:
         assert page.locator('text=run_chat').count() == 0
         chat.locator('button.sf-chip').first.click()
@@ -360,3 +359,4 @@ def test_the_page_of_make_chat(page, shots, desk):
         page.wait_for_timeout(300)
         assert not sticks_out(chat)
         page.screenshot(path=shots/'voila-narrow.png')
+    assert not elsewhere, elsewhere
