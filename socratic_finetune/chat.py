@@ -6,8 +6,8 @@
 __all__ = ['INVISIBLE', 'PAGE', 'HELP', 'Answer', 'Exchange', 'Conversation', 'context_length', 'count_tokens', 'fit_messages',
            'in_words', 'token_length', 'speak', 'visible', 'render_text', 'training_rows', 'as_markdown',
            'scores_in_words', 'preference_pairs', 'save_pairs', 'transcript_html', 'OneAtATime', 'Chat', 'answer_all',
-           'score_all', 'server_fault', 'Endpoint', 'endpoint_at', 'Sides', 'take_sides', 'style_html', 'body_html',
-           'foot_html', 'ExchangeView', 'live_page', 'known_questions', 'question_chips', 'sampling_form',
+           'topic_of', 'score_all', 'server_fault', 'Endpoint', 'endpoint_at', 'Sides', 'take_sides', 'style_html',
+           'body_html', 'foot_html', 'ExchangeView', 'live_page', 'known_questions', 'question_chips', 'sampling_form',
            'default_sampling', 'ChatParts', 'ChatShow', 'ChatButtons', 'save_conversation', 'ChatSaves', 'ChatWidget',
            'run_chat', 'page_notebook', 'serve_chat', 'Terminal', 'reply_in_terminal', 'terminal_command',
            'chat_terminal']
@@ -20,7 +20,7 @@ from pathlib import Path
 from .client import hopeless, openai_client, scrub, unknown_parameter
 from .config import Run, SocraticError, data_path, read_jsonl, runs_dir, settings_for, write_atomic, write_jsonl
 from .prompting import prompt_ids
-from .topics import TopicBank, load_topics, reserved_questions
+from .topics import Topic, TopicBank, load_topics, reserved_questions
 
 # %% ../nbs/08_chat.ipynb #632d35b0
 @dataclass
@@ -424,12 +424,18 @@ def answer_all(chat:Chat, exchange:Exchange, stop:threading.Event, sampling:dict
         for arm in exchange.answers: one(arm)
     if chat.judge is not None and not stop.is_set(): score_all(chat, exchange)
 
+def topic_of(bank:TopicBank, said:list[str])->Topic|None:
+    """What a conversation is about: the topic that was named last, else the one that its first message comes near.
+
+    - `bank`: the topic bank.
+    - `said`: the student's messages. A later one must name its topic clearly: "Can you give me an example?" is like a question of many cards."""
+    return next((t for t in (bank.find(q, at_least=0.7) for q in reversed(said)) if t), None) or bank.find(said[0])
+
 def score_all(chat:Chat, exchange:Exchange)->None:
     """Have the judge score an exchange's finished replies; where it fails, the score is missing and says so.
 
     - `chat`, `exchange`: as above."""
-    said = [e.user for e in reversed(chat.conversation.exchanges)]
-    topic = next((t for t in map(chat.bank.find, said) if t), None) if chat.bank is not None else None
+    topic = topic_of(chat.bank, [e.user for e in chat.conversation.exchanges]) if chat.bank is not None else None
     for arm, a in exchange.answers.items():
         if a.status != 'done' or not a.text.strip(): continue
         try:
