@@ -1,10 +1,12 @@
 # Two commands to begin with: `make demo` and `make test`. Needs Python 3.10 to 3.13; everything is installed into .venv.
 #   make demo PYTHON=python3.12             with another Python
 #   make demo TORCH_INDEX=https://…         with torch from another package index, such as one that has CPU builds
+#   make chat CHAT="--tuned http://…/v1"    with an OpenAI-compatible server as one side
 PYTHON ?= $(firstword $(shell command -v python3 python))
 TORCH_INDEX ?=
 RUN ?= demo
 PROFILE ?= pocket
+CHAT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,8 +43,8 @@ test: $(READY) ## every notebook as a test, and tests/
 lab: $(READY) ## JupyterLab at the first notebook
 	@$(IN) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/$(if $(wildcard nbs/index.ipynb),index,00_config).ipynb $(ROOT)
 
-chat: $(READY) ## talk to the tutor in the terminal
-	@$(IN) $(BIN)/socratic chat --run $(RUN)
+chat: $(READY) ## talk to base and tuned in a browser; in a terminal: socratic chat
+	@$(IN) $(BIN)/python -m socratic_finetune.chat --run $(RUN) $(CHAT)
 
 pages: $(READY) ## run notebooks in place to renew their outputs; NAMES="04_generate 06_finetune" for some of them
 	@$(IN) $(BIN)/python .docs/pages.py $(NAMES)

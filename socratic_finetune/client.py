@@ -23,13 +23,15 @@ from pydantic import BaseModel
 from .config import Settings, SocraticError, data_path, write_atomic
 
 # %% ../nbs/03_client.ipynb #c1100006
-def openai_client():
+def openai_client(address:str|None=None):
     """An `openai.OpenAI` client from `OPENAI_API_KEY` and, if set, `OPENAI_BASE_URL`; a `.env` file is read.
+
+    - `address`: of the server; None takes `OPENAI_BASE_URL`, and without that OpenAI's own.
 
     Raises `SocraticError` if there is no key and no address of one's own."""
     from dotenv import find_dotenv, load_dotenv
     load_dotenv(find_dotenv(usecwd=True))
-    key, address = os.environ.get('OPENAI_API_KEY'), os.environ.get('OPENAI_BASE_URL')
+    key, address = os.environ.get('OPENAI_API_KEY'), address or os.environ.get('OPENAI_BASE_URL')
     if not key and not address:
         raise SocraticError('OPENAI_API_KEY is not set: put it in .env, or run with teacher="embedded" and judge="embedded"')
     from openai import OpenAI
