@@ -16,6 +16,7 @@ from pathlib import Path
 from .config import HOW, Run, Settings, SocraticError, choose_device, data_path, settings_for, versions, write_atomic
 from .generate import read_rows
 from .prompting import collate, encode, set_chat_format
+from .speed import speed_up_adapters, use_grouped_attention
 
 # %% ../nbs/06_finetune.ipynb #ed0a18f6
 def find_base(name:str)->str:
@@ -53,6 +54,7 @@ def load_base(settings:Settings)->tuple:
         raise SocraticError(f'{settings.base_model} cannot be loaded as a causal language model: {str(e).splitlines()[0]}') from None
     set_chat_format(tokenizer, settings.chat_format)
     model.name_or_path = model.config._name_or_path = settings.base_model   # so that the adapter names its base, not a folder of this machine
+    if device.type == 'cpu': use_grouped_attention(model)
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/06_finetune.ipynb #6071d9db
@@ -278,6 +280,7 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
     start = resume_point(checkpoints, fingerprint(settings, encoded, model))
     set_seed(settings.seed)
     model = add_adapter(model, settings)
+    if device.type == 'cpu': speed_up_adapters(model)
     tokens, steps = sum(e['length'] for e in train), math.ceil(len(train)/(settings.batch_size*settings.accumulation))*settings.epochs
     report(f'on {why}; {len(train)} rows of {tokens:,} tokens, {len(valid)} for validation' + (f', {len(dropped)} dropped' if dropped else '') +
            (f', going on from {Path(start).name}' if start else ''))
