@@ -12,6 +12,7 @@ from pathlib import Path
 from .config import Settings, SocraticError, data_path, settings_for
 from .finetune import find_base, load_base
 from .prompting import prompt_ids, set_chat_format, to_messages
+from .speed import pack_weights
 
 # %% ../nbs/07_tutor.ipynb #590e6935
 class Tutor:
@@ -65,7 +66,9 @@ def load_tutor(settings:Settings, adapter:str|Path|None=None)->Tutor:
     - `adapter`: an adapter's folder, or None for the base alone.
 
     Raises `SocraticError` if a model is not there, or the adapter belongs to another base."""
-    if adapter is None: return Tutor(*load_base(settings), settings)
+    if adapter is None:
+        model, tokenizer = load_base(settings)
+        return Tutor(pack_weights(model) if model.device.type == 'cpu' else model, tokenizer, settings)
     from peft import PeftModel
     from transformers import AutoTokenizer
     _trained_for(adapter, settings)
@@ -76,7 +79,8 @@ def load_tutor(settings:Settings, adapter:str|Path|None=None)->Tutor:
     except RuntimeError as e:
         raise SocraticError(f'the adapter in {adapter} does not fit {settings.base_model}: {str(e).splitlines()[-1].strip()}') from None
     small = sum(p.numel()*p.element_size() for p in tuned.parameters()) < SMALL
-    return Tutor(tuned, tokenizer, settings, copy.deepcopy(tuned).merge_and_unload().eval() if small else None)
+    if small: return Tutor(tuned, tokenizer, settings, copy.deepcopy(tuned).merge_and_unload().eval())
+    return Tutor(pack_weights(tuned) if tuned.device.type == 'cpu' else tuned, tokenizer, settings)
 
 Tutor.load = staticmethod(load_tutor)
 
