@@ -65,7 +65,7 @@ def load_base(settings:Settings)->tuple:
     how = _loading(settings, device, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, attn_implementation='sdpa', **how)
+        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how)
     except (OSError, ValueError) as e:
         raise SocraticError(f'{settings.base_model} cannot be loaded as a causal language model: {str(e).splitlines()[0]}') from None
     set_chat_format(tokenizer, settings.chat_format)
@@ -258,6 +258,14 @@ def _callback(tokens_per_step):
         def on_train_end(self, args, state, control, **kw): self.bar.close()
     return Progress()
 
+
+# %% ../nbs/06_finetune.ipynb #f1ne0012
+def prompt_of(row:dict)->list[int]:
+    """The token ids before the first reply of an encoded row: what the model is given when it has to write that reply.
+
+    - `row`: from `encode_rows`."""
+    return row['input_ids'][:next(i for i, l in enumerate(row['labels']) if l != -100)]
+
 def _sampling(model, tokenizer, prompt, settings):
     import torch
     from transformers import TrainerCallback
@@ -284,12 +292,6 @@ def _callbacks(model, tokenizer, valid, settings, tokens_per_step):
     found = [_callback(tokens_per_step)]
     if valid and settings.samples: found += [_sampling(model, tokenizer, prompt_of(valid[0]), settings)]
     return found + ([EarlyStoppingCallback(settings.early_stop)] if settings.early_stop else [])
-
-def prompt_of(row:dict)->list[int]:
-    """The token ids before the first reply of an encoded row: what the model is given when it has to write that reply.
-
-    - `row`: from `encode_rows`."""
-    return row['input_ids'][:next(i for i, l in enumerate(row['labels']) if l != -100)]
 
 
 # %% ../nbs/06_finetune.ipynb #f1ne0003
@@ -454,6 +456,7 @@ def shared(value):
 def _told(why, train, valid, dropped, start):
     "What is about to be trained on, in a line."
     names = ', '.join(str(d['row']) for d in dropped[:3]) + (', …' if len(dropped) > 3 else '')
+    why += f", in {n} processes" if (n := int(os.environ.get('WORLD_SIZE', 1))) > 1 else ''
     return (f"on {why}; {len(train)} rows of {sum(e['length'] for e in train):,} tokens, {len(valid)} for validation"
             + (f', {len(dropped)} dropped (row {names}): {dropped[0]["reason"]}' if dropped else '') + (f'; going on from {Path(start).name}' if start else ''))
 

@@ -1,5 +1,6 @@
 "Finetuning on checkpoints that are made here: one as TinyLlama-Chat, small ones of other families, and processes that are killed."
-import errno, json, math, os, random, signal, subprocess, sys
+import errno, json, math, multiprocessing, os, random, signal, subprocess, sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from socratic_finetune.tutor import Tutor
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group('finetune')
-torch.set_num_threads(1)   # as a forked process needs it
+PROCESSES = multiprocessing.get_context('forkserver')   # from one that has imported all, and done nothing: cheap to start, cheap to kill
+PROCESSES.set_forkserver_preload(['socratic_finetune.finetune', 'trl.trainer.sft_trainer', 'peft'])
 
 # as in the tokenizer_config.json of TinyLlama-1.1B-Chat-v1.0
 ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
@@ -150,7 +152,6 @@ def test_no_row_is_cut_to_a_question(tiny, chat_format):
     set_chat_format(tok, chat_format)
     talk, kept = rows(1)[0]['messages']*2, []
     for limit in range(1, len(encode(tok, talk)['input_ids']) + 1):
-        encoded, dropped = f.encode_rows([dict(id='long', messages=talk), dict(messages=rows(1)[0]['messages'][:2])]*1, tok, limit) if limit > 60 else (None, None)
         try: row = encode(tok, talk, limit)
         except SocraticError as e: assert f'within {limit} tokens' in str(e)
         else:
@@ -211,7 +212,6 @@ def a_trainer(tiny, tmp_path, **changes):
     made = settings(tiny, **changes)
     model, tok = f.load_base(made)
     train = f.encode_rows(rows(16), tok, 256)[0]
-    mark = changes.pop('mark', None)
     return f.make_trainer(f.add_adapter(model, made), tok, train, [], made, tmp_path/'c', 'cpu'), model
 
 
@@ -255,19 +255,6 @@ class At(TrainerCallback):
         if state.global_step == self.step: self.do(model)
 
 
-def in_a_process(work):
-    "Do some work in a process of its own; returns its exit code, or minus the signal that killed it."
-    if pid := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        work()
-        os._exit(0)
-    except BaseException: os._exit(1)
-
-
-def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.fixture(scope='session')
 def undisturbed(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp('undisturbed')
@@ -284,17 +271,24 @@ def finish(tiny, tmp_path, undisturbed):
     return lines
 
 
-def killed_in(tiny, tmp_path, monkeypatch, where, name, count):
-    "A training that is killed when a function is called for the nth time."
-    def work():
-        calls, inner = [], getattr(where, name)
-        def counted(*args, **kw):
-            calls.append(1)
-            if len(calls) == count: die()
-            return inner(*args, **kw)
-        setattr(where, name, counted)
-        f.finetune(settings(tiny), rows(), tmp_path/'adapter', tmp_path/'checkpoints', quiet)
-    assert in_a_process(work) == -signal.SIGKILL
+def train_and_die(tiny, folder, module, name, count):
+    "In a process of its own: train, and be killed when a function is called for the nth time."
+    head, _, tail = module.rpartition('.')
+    where = getattr(import_module(head), tail) if tail[:1].isupper() else import_module(module)
+    calls, inner = [], getattr(where, name)
+    def counted(*args, **kw):
+        calls.append(1)
+        if len(calls) == count: os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **kw)
+    setattr(where, name, counted)
+    f.finetune(settings(tiny), rows(), folder/'adapter', folder/'checkpoints', quiet)
+
+
+def killed(*args):
+    process = PROCESSES.Process(target=train_and_die, args=args)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize('module, name, count', [
@@ -305,11 +299,8 @@ def killed_in(tiny, tmp_path, monkeypatch, where, name, count):
     ('peft.PeftModel', 'save_pretrained', 11),              # while the adapter is saved in the end
     ('socratic_finetune.finetune', 'save_adapter', 1),      # just before
 ])
-def test_killed_and_resumed_ends_bit_for_bit_the_same(tiny, tmp_path, monkeypatch, undisturbed, module, name, count):
-    from importlib import import_module
-    head, _, tail = module.rpartition('.')
-    where = getattr(import_module(head), tail) if tail[:1].isupper() else import_module(module)
-    killed_in(tiny, tmp_path, monkeypatch, where, name, count)
+def test_killed_and_resumed_ends_bit_for_bit_the_same(tiny, tmp_path, undisturbed, module, name, count):
+    killed(tiny, tmp_path, module, name, count)
     assert not (tmp_path/'adapter').exists(), 'no half adapter'
     lines = finish(tiny, tmp_path, undisturbed)
     assert count == 2 or 'going on from checkpoint-' in ' '.join(lines)
@@ -317,18 +308,13 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tiny, tmp_path, monkeypatc
 
 def test_a_new_adapter_replaces_the_old_one_or_leaves_it(tiny, tmp_path, undisturbed):
     old = f.finetune(settings(tiny, epochs=1), rows(8), tmp_path/'adapter', report=quiet) and weights(tmp_path/'adapter')
-    killed_in(tiny, tmp_path, None, os, 'fsync', 10**6) if False else None
-    def work():
-        inner = f.write_atomic
-        f.write_atomic = lambda path, content: die() if Path(path).name == 'training.json' else inner(path, content)
-        f.finetune(settings(tiny), rows(), tmp_path/'adapter', tmp_path/'checkpoints', quiet)
-    assert in_a_process(work) == -signal.SIGKILL
+    killed(tiny, tmp_path, 'peft.PeftModel', 'save_pretrained', 11)
     assert weights(tmp_path/'adapter') == old and [p for p in tmp_path.iterdir() if p.name.startswith('.adapter.')], 'the half one has another name'
     finish(tiny, tmp_path, undisturbed)
 
 
-def test_damaged_checkpoints_are_passed_over_and_named(tiny, tmp_path, undisturbed, monkeypatch):
-    killed_in(tiny, tmp_path, monkeypatch, torch.optim.AdamW, 'step', 24)
+def test_damaged_checkpoints_are_passed_over_and_named(tiny, tmp_path, undisturbed):
+    killed(tiny, tmp_path, 'torch.optim.AdamW', 'step', 24)
     *_, older, newest = sorted((tmp_path/'checkpoints').glob('checkpoint-*'), key=lambda p: int(p.name.rpartition('-')[2]))
     data = bytearray((newest/'adapter_model.safetensors').read_bytes())
     data[-100] ^= 1                                         # one bit, which no reader of the format would notice
@@ -395,7 +381,7 @@ def test_two_processes_take_the_steps_of_one(tiny, tmp_path, undisturbed):
     told = json.loads((tmp_path/'runs'/'two'/'finetune.json').read_text())
     losses = [h['loss'] for h in told['log'] if 'loss' in h]
     assert losses == pytest.approx(undisturbed[1], rel=0.01) and len(losses) == 30
-    assert done.stdout.count('trained on 24 rows') == 1 and done.stdout.count('24 rows of') == 1 and done.stderr.count('30/30') <= 2
+    assert done.stdout.count('trained on 24 rows') == 1 and done.stdout.count('in 2 processes; 24 rows of') == 1 and done.stderr.count('30/30') <= 2
     assert sorted(p.name for p in (tmp_path/'runs'/'two').iterdir()) == ['.lock', 'adapter', 'finetune.json', 'run.json']
     assert json.loads((tmp_path/'runs'/'two'/'run.json').read_text())['stages']['finetune']['memory_gb'] > 0
 
@@ -448,7 +434,7 @@ def test_early_stopping_keeps_the_best_adapter(tiny, tmp_path):
 SMALL = dict(vocab_size=6144, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
              max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 FAMILIES = {'llama': {}, 'smollm': dict(tie_word_embeddings=True, num_attention_heads=3, num_key_value_heads=1, hidden_size=48), 'mistral': dict(sliding_window=64),
-            'qwen2': dict(tie_word_embeddings=True), 'qwen3': {}, 'gemma': {}, 'gemma2': dict(sliding_window=64)}
+            'qwen2': dict(tie_word_embeddings=True), 'qwen3': {}, 'gemma': {}, 'gemma2': dict(sliding_window=64), 'gemma3_text': dict(sliding_window=64)}
 
 
 def checkpoint(folder, config):
