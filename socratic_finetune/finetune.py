@@ -41,6 +41,7 @@ def find_base(name:str)->str:
                             'check the name and the connection, or give a local folder') from None
     return name
 
+# %% ../nbs/06_finetune.ipynb #f1ne0013
 def _loading(settings, device, dtype):
     "Arguments for loading a base in its number format, or in 4 bits."
     if settings.quantize == 'none': return dict(dtype=dtype)
@@ -106,9 +107,11 @@ def encode_rows(rows:list[dict], tokenizer, max_length:int)->tuple[list[dict], l
     Returns `(encoded, dropped)`; a dropped entry names the row and says why. Raises `SocraticError` if nothing is left."""
     encoded, dropped = [], []
     for i, r in enumerate(rows):
-        try: encoded.append({**encode(tokenizer, r['messages'], max_length), 'group': str(r.get('topic') or f'row {i}'), 'split': r.get('split', 'train')})
+        about = dict(group=str(r.get('topic') or f'row {i}'), split=r.get('split', 'train'))
+        try: encoded.append({**encode(tokenizer, r['messages'], max_length), **about})
         except SocraticError as e: dropped.append(dict(row=r.get('id', i), reason=str(e)))
-    if not encoded: raise SocraticError(f'none of {len(rows)} rows can be trained on' + (f': {dropped[0]["reason"]}' if dropped else ': the dataset is empty'))
+    why = dropped[0]['reason'] if dropped else 'the dataset is empty'
+    if not encoded: raise SocraticError(f'none of {len(rows)} rows can be trained on: {why}')
     for e in encoded: e['length'] = len(e['input_ids'])
     return encoded, dropped
 
@@ -180,7 +183,9 @@ def training_arguments(settings:Settings, folder:str|Path, device:str, half:bool
 # %% ../nbs/06_finetune.ipynb #af9ed516
 @cache
 def trainer_class():
-    "TRL's `SFTTrainer` with batches of like length, and scores only where there is loss; made on first use, so that importing this module imports no TRL."
+    """TRL's `SFTTrainer` with batches of like length, scores only where there is loss, and sealed checkpoints.
+
+    It is made on first use, so that importing this module imports no TRL."""
     from torch.nn.functional import cross_entropy
     from trl import SFTTrainer
 
@@ -226,8 +231,8 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     args = training_arguments(settings, folder, device, half=model.dtype == torch.float16)
     if not valid: args.eval_strategy = 'no'
     table = lambda rows: Dataset.from_list([{k: e[k] for k in ('input_ids', 'labels', 'length')} for e in rows])
-    trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None, processing_class=tokenizer,
-                              data_collator=lambda batch: collate(batch, tokenizer.pad_token_id), callbacks=list(callbacks))
+    trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None,
+                              processing_class=tokenizer, data_collator=lambda batch: collate(batch, tokenizer.pad_token_id), callbacks=list(callbacks))
     trainer.group_size = settings.batch_size
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # TRL puts the adapter of a 4-bit base into bfloat16, which loses small updates
@@ -346,7 +351,8 @@ def fingerprint(settings:Settings, encoded:list[dict], model)->str:
     - `settings`: all but those that say how requests are made.
     - `encoded`: from `encode_rows`.
     - `model`: the base; its shape and a sample of its weights count."""
-    digest = sha256(json.dumps([settings.model_dump(mode='json', exclude=set(HOW)), [(e['input_ids'], e['labels'], e['split']) for e in encoded]]).encode())
+    rows = [(e['input_ids'], e['labels'], e['split']) for e in encoded]
+    digest = sha256(json.dumps([settings.model_dump(mode='json', exclude=set(HOW)), rows]).encode())
     for name, p in model.named_parameters(): digest.update(f'{name} {tuple(p.shape)} {p.flatten()[:8].float().tolist()}'.encode())
     return digest.hexdigest()[:16]
 
@@ -361,9 +367,12 @@ def is_whole(checkpoint:Path)->bool:
     """Whether a checkpoint was written to its end, and is still as it was then.
 
     - `checkpoint`: its folder."""
-    try: return all(sha256((checkpoint/name).read_bytes()).hexdigest() == told for name, told in json.loads((checkpoint/SEAL).read_text()).items())
+    try:
+        sums = json.loads((checkpoint/SEAL).read_text())
+        return all(sha256((checkpoint/name).read_bytes()).hexdigest() == told for name, told in sums.items())
     except (OSError, ValueError): return False
 
+# %% ../nbs/06_finetune.ipynb #f1ne0014
 def resume_point(folder:str|Path|None, mark:str, report=print)->str|None:
     """The newest whole checkpoint of a training, or None; those of another training, and those that are not whole, are removed.
 
@@ -381,7 +390,6 @@ def resume_point(folder:str|Path|None, mark:str, report=print)->str|None:
         shutil.rmtree(p)
     return next((str(p) for p in reversed(found) if p.exists()), None)
 
-
 # %% ../nbs/06_finetune.ipynb #f1ne0004
 @contextmanager
 def disk_in_words(folder:str|Path):
@@ -392,8 +400,10 @@ def disk_in_words(folder:str|Path):
     Raises `SocraticError` instead of whatever the library says; other errors pass."""
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        if getattr(e, 'errno', None) != errno.ENOSPC and not re.search(r'No space left|StorageFull|os error 28|PytorchStreamWriter|unexpected pos', str(e)): raise
-        raise SocraticError(f'No space left on the disk of {folder}: make room, then the same command goes on from the last whole checkpoint') from None
+        full = r'No space left|StorageFull|os error 28|PytorchStreamWriter|unexpected pos'   # the last two are how torch says it
+        if getattr(e, 'errno', None) != errno.ENOSPC and not re.search(full, str(e)): raise
+        raise SocraticError(f'No space left on the disk of {folder}: '
+                            'make room, and the same command goes on from the last good checkpoint') from None
 
 
 # %% ../nbs/06_finetune.ipynb #4ed2141f
@@ -457,8 +467,9 @@ def _told(why, train, valid, dropped, start):
     "What is about to be trained on, in a line."
     names = ', '.join(str(d['row']) for d in dropped[:3]) + (', …' if len(dropped) > 3 else '')
     why += f", in {n} processes" if (n := int(os.environ.get('WORLD_SIZE', 1))) > 1 else ''
-    return (f"on {why}; {len(train)} rows of {sum(e['length'] for e in train):,} tokens, {len(valid)} for validation"
-            + (f', {len(dropped)} dropped (row {names}): {dropped[0]["reason"]}' if dropped else '') + (f'; going on from {Path(start).name}' if start else ''))
+    line = f"on {why}; {len(train)} rows of {sum(e['length'] for e in train):,} tokens, {len(valid)} for validation"
+    if dropped: line += f', {len(dropped)} dropped (row {names}): {dropped[0]["reason"]}'
+    return line + (f'; going on from {Path(start).name}' if start else '')
 
 def _result(trainer, train, valid, dropped, tokenizer, settings, seconds, begun):
     "What `finetune` returns."
@@ -500,7 +511,7 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
     - `report`: called with lines of information, in the first process only.
 
     Returns `seconds`, `steps`, `tokens`, `tokens_per_second`, `trainable`, `memory_gb` (the process's peak), `dropped`, `asked` (the prompt of the
-    sample replies) and `log`, a list of dicts with `step` and `loss`, `eval_loss` or `reply`; with `early_stop` also `best_step`, whose adapter it is.
+    sample replies) and `log`, a list of dicts with `step` and `loss`, `eval_loss` or `reply`; with `early_stop` also `best_step`, of the adapter.
     Raises `SocraticError` if there is nothing to train on, the loss is no number any more, or the disk is full."""
     meet(settings.device)
     if not is_main(): report = lambda *_: None
@@ -513,7 +524,8 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
         report(_told(why, train, valid, dropped, start))
         trainer, seconds, begun = _train(model, tokenizer, train, valid, settings, checkpoints or shared(tmp), start, report)
         result = _result(trainer, train, valid, dropped, tokenizer, settings, seconds, begun)
-        about = dict(settings=settings.model_dump(mode='json'), versions=versions(), rows=len(train), **{k: result[k] for k in ('steps', 'tokens', 'trainable')})
+        about = dict(settings=settings.model_dump(mode='json'), versions=versions(), rows=len(train))
+        about |= {k: result[k] for k in ('steps', 'tokens', 'trainable')}
         if is_main(): save_adapter(trainer.model, tokenizer, folder, about)
         trainer.accelerator.wait_for_everyone()
     if checkpoints and is_main(): shutil.rmtree(checkpoints, ignore_errors=True)
