@@ -191,10 +191,10 @@ class Run:
         folder = Path(name) if '/' in name else runs_dir()/name
         run, diary = cls(folder, settings), folder/'run.json'
         if diary.is_file():
-            old = run.diary['settings']
+            old = Settings(**run.diary['settings']).model_dump(mode='json')   # a dial that came later stands where it stood unseen: at its default
             if settings is None: run.settings = Settings(**old)
             new = run.settings.model_dump(mode='json')
-            if other := [f'{k}={old.get(k)!r}, not {new[k]!r}' for k in new if old.get(k) != new[k] and k not in HOW]:
+            if other := [f'{k}={old[k]!r}, not {new[k]!r}' for k in new if old[k] != new[k] and k not in HOW]:
                 raise SocraticError(f"run {name!r} was begun with {'; '.join(other)}: choose another run name, or delete {folder}")
             if settings is not None and old != new: run._write({**run.diary, 'settings': new})
         elif settings is None: raise SocraticError(f'{folder} holds no run: begin one with `socratic run --run {name}`')
