@@ -11,6 +11,8 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from nbformat.v4 import new_markdown_cell
 
+from pages import tidy
+
 config = get_config()
 ROOT = Path(config.config_path)
 SOURCE, BUILT, OUT = ROOT/'_sphinx'/'pages', ROOT/'_sphinx'/'html', ROOT/config.doc_path.name
@@ -18,6 +20,7 @@ DIRECTIVE = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
 CALLOUT = re.compile(r'^:{3,} *\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:{3,} *$', re.M | re.S)
 OWN_PAGE = re.compile(rf'\({re.escape(config.doc_host + config.doc_baseurl)}/([\w./-]*)\.html#([^)]+)\)')
 FILE = re.compile(r'(?<=\])\((\.\./[^)\s#]*)\)')
+SHOWN = re.compile(r'\A\s*---\s*\[source\]\((.*?)\)(?:\{.*?\})?\s*(#+ .*)\n+')   # how show_doc begins: rule, source link, heading
 HEADING = re.compile(r'^#{1,4} +(.+?) *$', re.M)
 PARTS = {'0': 'The course', '2': 'Make your own tutor', '9': 'Underneath'}   # by the first digit of a page's number
 TAGS = {('echo', 'false'): 'remove-input', ('include', 'false'): 'remove-cell', ('output', 'false'): 'remove-output', ('code-fold', 'true'): 'hide-input'}
@@ -69,7 +72,8 @@ def code_cells(cell, section=''):
     if alt := alt_text(cell, found.get('fig-alt'), section): cell.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt)
     if found.get('output') == 'asis' and found.get('echo') == 'false':
         texts = [o.get('data', {}).get('text/markdown') or o.get('text', '') for o in cell.outputs]
-        return [new_markdown_cell(re.sub(r'\A\s*---\s*\n', '', ''.join(t))) for t in texts]   # no rule above each heading
+        return [new_markdown_cell(SHOWN.sub(r'\2\n\n[source](\1){.source}\n\n', ''.join(t))) for t in texts]
+    tidy(cell)
     tags = {tag for (key, value), tag in TAGS.items() if found.get(key) == value} | set(cell.metadata.get('tags', []))
     if tags: cell.metadata['tags'] = sorted(tags)
     if 'code-summary' in found: cell.metadata.setdefault('mystnb', {})['code_prompt_show'] = found['code-summary']
