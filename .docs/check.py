@@ -22,7 +22,7 @@ SEEN = '''() => ({
     anchors: [...document.querySelectorAll('[id]')].map(e => e.id),
     missing: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),
     silent: [...document.images].filter(i => !(i.alt || '').trim()).map(i => i.src),
-    formulas: [...document.querySelectorAll('.math')].filter(m => !m.querySelector('.MathJax, .MathJax_Display, mjx-container')).length})'''
+    formulas: [...document.querySelectorAll('.math.notranslate')].filter(m => !m.querySelector('.MathJax, .MathJax_Display, mjx-container')).length})'''
 WIDER = '''() => {
     const wide = document.scrollingElement.scrollWidth - window.innerWidth;
     if (wide <= 0) return null;
