@@ -34,6 +34,33 @@ DRAWINGS = {
         wait=(2.6, 5.4, 'wait, longer each time', 'bad'), object=(6.8, -0.7, 'an object', 'good')),
         ['ask > disk', 'disk > read: yes', 'read > parse', 'parse > object', 'disk > limits: no', 'limits > send', 'send > keep', 'keep > parse',
          'send |> wait: 429, 5xx, timeout', 'wait > limits'], (7.9, 6.3)),
+    'judge': (dict(
+        q=(0.9, 1, 'question', 'file'), r=(0.9, 2.6, 'reply', 'file'), c=(0.9, 4.2, 'what was\nsaid before', 'file'), a=(0.9, 6, 'the card,\nif known', 'file'),
+        judge=(2.9, 3.4, '\n\n\n\n\njudge\n\n\n\n\n', 'stage'), soc=(6.6, 1.7, 'socratic', 'good'), hel=(6.6, 5.1, 'helpful', 'good'),
+        p1=(4.75, 1.7, 'asks, keeps,\nabout, to_do', 'choice'), p2=(4.75, 5.1, 'right, clear,\nencourages,\nfoothold', 'choice')),
+        ['q > judge', 'r > judge', 'c > judge', 'a > judge', 'judge > p1', 'judge > p2', 'p1 > soc', 'p2 > hel'], (7.5, 7)),
+    'calibration': (dict(
+        data=(1.1, 1, 'replies that\npeople rated', 'file'), feat=(3.8, 1, 'features of a reply,\nno tutor’s name in them', 'stage'), ridge=(6.7, 1, 'ridge\nregression', 'stage'),
+        model=(6.7, 3.4, 'judge_model.json', 'file'), test=(3.2, 3.4, 'held against tutors and problems\nthat it has never met', 'good')),
+        ['data > feat', 'feat > ridge', 'ridge > model', 'model > test'], (7.8, 4.4)),
+    'evaluation': (dict(
+        q=(0.9, 2.2, '\n\nquestions on\ntopics held out\n\n', 'file'), base=(3, 1, 'base', 'stage'), prompted=(3, 2.2, 'prompted', 'stage'), tuned=(3, 3.4, 'tuned', 'stage'),
+        controls=(3, 4.8, 'bots that do not think', 'choice'), replies=(4.9, 2.4, '\n\n\nreplies.jsonl\n\n\n', 'file'), counts=(6.8, 1, 'counts', 'good'),
+        judge=(6.8, 3.9, '\n\njudge\n\n', 'stage'), scores=(6.8, 6.6, 'scores, intervals,\ntests, pictures', 'good')),
+        ['q > base', 'q > prompted', 'q > tuned', 'base > replies', 'prompted > replies', 'tuned > replies', 'replies > counts', 'replies > judge',
+         'controls > judge', 'judge > scores'], (7.8, 7.5)),
+    'own_subject': (dict(
+        cards=(1, 1, 'cards of\nyour own', 'good'), teach=(3.1, 1, 'embedded\nteacher', 'stage'), rows=(5, 1, 'rows', 'file'), tune=(6.8, 1, 'finetune', 'stage'),
+        adapter=(6.8, 3.2, 'adapter/', 'file'), tutor=(4.2, 3.2, 'a tutor who asks about them', 'good')),
+        ['cards > teach', 'teach > rows', 'rows > tune', 'tune > adapter', 'adapter > tutor'], (7.7, 4)),
+    'own_style': (dict(
+        rule=(3.8, 1, 'a principle of your own', 'good'), draft=(1, 3.2, 'draft', 'stage'), critique=(2.9, 3.2, 'critique', 'stage'), mend=(4.9, 3.2, 'revision', 'stage'),
+        row=(6.8, 3.2, 'training\nrow', 'file')),
+        ['rule > critique: ask', 'rule > mend: mend', 'draft > critique', 'critique > mend', 'mend > row'], (7.6, 4.1)),
+    'own_base': (dict(
+        base=(1.5, 2, 'a base model\nconfig.json\nmodel.safetensors\ntokenizer', 'good'), tune=(4.2, 1, 'finetune', 'stage'), adapter=(6.5, 1, 'adapter/\nnames its base', 'file'),
+        tutor=(6.5, 3, 'tutor', 'stage')),
+        ['base > tune', 'tune > adapter', 'adapter > tutor', 'base > tutor'], (7.7, 4)),
     'stages': (dict(
         s1=(1, 1, '04_generate', 'stage'), s2=(2.9, 1, '06_finetune', 'stage'), s3=(4.75, 1, '08_chat', 'stage'), s4=(6.7, 1, '10_evaluate', 'stage'),
         f1=(1, 3, 'sft.jsonl', 'file'), f2=(2.9, 3, 'adapter/', 'file'), f3=(4.75, 3, 'chat.jsonl', 'file'), f4=(6.7, 3, 'eval_scores.csv\neval_plot.png', 'file'),
@@ -89,10 +116,17 @@ polyline {{ fill: none; stroke: #555; stroke-width: 1.5 }} .arrow {{ marker-end:
 ''' + '\n'.join([*lines, *(svg for svg, _ in made.values())]) + '\n</svg>\n'
 
 
+BADGE = '''<svg xmlns="http://www.w3.org/2000/svg" width="128" height="22" viewBox="0 0 128 22"><rect width="128" height="22" rx="4" fill="#444"/>
+<g fill="none" stroke="#F9AB00" stroke-width="3"><circle cx="12" cy="11" r="4.5"/><circle cx="22" cy="11" r="4.5" stroke="#E8710A"/></g>
+<text x="33" y="15.5" font-family="Segoe UI, Helvetica Neue, Arial, sans-serif" font-size="12" fill="#fff">Open in Colab</text></svg>
+'''
+
+
 def main():
     folder = get_config().nbs_path/'images'
     folder.mkdir(exist_ok=True)
     for name, drawing in DRAWINGS.items(): (folder/f'{name}.svg').write_text(draw(*drawing), encoding='utf8')
+    (folder/'colab.svg').write_text(BADGE, encoding='utf8')
 
 
 if __name__ == '__main__': main()
