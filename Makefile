@@ -49,8 +49,9 @@ chat: $(READY) ## talk to base and tuned in a browser; in a terminal: socratic c
 pages: $(READY) ## run notebooks in place to renew their outputs; NAMES="04_generate 06_finetune" for some of them
 	@$(IN) $(BIN)/python .docs/pages.py $(NAMES)
 
-docs: $(READY) ## the site, into _docs/
+docs: $(READY) ## the site, into _docs/, read through in a browser where there is one
 	@$(IN) $(BIN)/python .docs/build.py
+	@$(IN) $(BIN)/python .docs/check.py
 
 BENCH := $(firstword $(wildcard nbs/*_benchmark.ipynb))
 bench: $(READY) ## speed on this machine, into runs/bench/

@@ -16,13 +16,16 @@ myst_heading_anchors = 4
 myst_heading_slug_func = 'docutils.nodes.make_id'
 myst_update_mathjax = False
 mathjax_path = 'mathjax/MathJax.js'          # version 2, which comes as a Python package
-mathjax2_config = {'extensions': ['tex2jax.js', 'TeX/AMSmath.js', 'TeX/AMSsymbols.js'], 'jax': ['input/TeX', 'output/HTML-CSS'],
-                   'messageStyle': 'none', 'showMathMenu': False, 'HTML-CSS': {'availableFonts': [], 'webFont': 'TeX', 'imageFont': None},
+mathjax2_config = {'config': ['TeX-AMS-MML_HTMLorMML-full.js'], 'messageStyle': 'none', 'showMathMenu': False,   # its parts are all in this one file
+                   'HTML-CSS': {'availableFonts': [], 'preferredFont': None, 'webFont': 'STIX-Web', 'imageFont': None,   # the fonts that come with it
+                                'styles': {'@font-face': {'font-family': 'MathJax_Blank', 'src': "local('MathJax_Blank')"}}},   # else it asks for about:blank
                    'tex2jax': {'inlineMath': [['\\(', '\\)']], 'displayMath': [['\\[', '\\]']], 'ignoreClass': '.*', 'processClass': 'math|tex2jax_process'}}
 html_theme = 'sphinx_book_theme'
 html_title = project
 html_static_path = ['_static', str(Path(__file__).parents[1]/'_sphinx'/'pages'/'_static')]   # the second is build.py's, with MathJax in it
+html_favicon = str(Path(__file__).with_name('_static')/'favicon.svg')
 html_css_files = ['house.css']
+html_context = dict(default_mode='auto')   # light or dark, as the reader's system is
 html_theme_options = dict(
     repository_url=config['git_url'], repository_branch=config['branch'], path_to_docs='nbs',
     navbar_persistent=[], use_repository_button=True, use_issues_button=True, use_download_button=True,

@@ -12,7 +12,7 @@ from nbdev.config import get_config
 
 config = get_config()
 ROOT, NBS = Path(config.config_path), Path(config.nbs_path)
-BAR = re.compile(r'\d+%\|')
+BAR = re.compile(r'\d+%\|.*\]$')   # a bar that something else was printed behind is not its last state
 
 
 def last_states(text):
@@ -30,7 +30,7 @@ def tidy(cell):
         if o.output_type != 'stream': continue
         lines = last_states(o.text)
         if o.name == 'stderr':
-            bars = [line for line in lines if BAR.search(line)]
+            bars = [line for line in lines if BAR.search(line.rstrip())]
             dropped += [line for line in lines if line.strip() and line not in bars]
             lines = [*bars, ''] if bars else []
         o.text = '\n'.join(lines)
