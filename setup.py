@@ -27,7 +27,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'].split(),
     long_description=(root/'README.md').read_text(encoding='utf8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]), cmdclass={'build_py': BuildWithData},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split(), 'quantize': cfg['quantize_requirements'].split()},
     python_requires=f">={cfg['min_python']}",
     entry_points={'console_scripts': [cfg['console_scripts']], 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False)

@@ -44,6 +44,7 @@ class Settings(BaseModel):
     chat_format: Literal['base', 'llama2'] = Field('base', description="chat template: the base model's own, or Llama 2's [INST] form")
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = Field('auto', description='where tensors live')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description="the base model's number format")
+    quantize: Literal['none', '4bit'] = Field('none', description='`4bit` keeps the frozen base in 4 bits: CUDA with bitsandbytes')
     # data
     teacher: Literal['embedded', 'openai'] = Field('embedded', description='who drafts, criticises and revises replies')
     n: int = Field(1000, ge=1, description='rows of training data to make')
@@ -69,6 +70,8 @@ class Settings(BaseModel):
     accumulation: int = Field(4, ge=1, description='forward passes per optimiser step')
     max_grad_norm: float = Field(0.3, gt=0, description='gradients are clipped to this norm')
     max_length: int = Field(512, ge=16, description='tokens per training row; longer rows are cut')
+    early_stop: int = Field(0, ge=0, description='stop after so many looks at the validation loss, ten in all, that found it no lower; 0: never')
+    samples: int = Field(3, ge=0, description='replies to a validation question, written down on the way through training; 0: none')
     # replies and evaluation
     max_new_tokens: int = Field(128, ge=1, description='longest reply in tokens')
     judge: Literal['embedded', 'openai'] = Field('embedded', description='who scores replies')
@@ -82,7 +85,7 @@ PROFILES = {
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }
 
-HOW = ('workers', 'max_cost', 'requests_per_minute', 'tokens_per_minute', 'api_cache')
+HOW = ('workers', 'max_cost', 'requests_per_minute', 'tokens_per_minute', 'api_cache', 'samples')
 
 def settings_for(profile:str='pocket', **changes)->Settings:
     """Settings of a profile, with some fields changed; a change of None keeps the profile's default.
@@ -188,10 +191,10 @@ class Run:
         folder = Path(name) if '/' in name else runs_dir()/name
         run, diary = cls(folder, settings), folder/'run.json'
         if diary.is_file():
-            old = run.diary['settings']
+            old = Settings(**run.diary['settings']).model_dump(mode='json')   # a dial that came later stands where it stood unseen: at its default
             if settings is None: run.settings = Settings(**old)
             new = run.settings.model_dump(mode='json')
-            if other := [f'{k}={old.get(k)!r}, not {new[k]!r}' for k in new if old.get(k) != new[k] and k not in HOW]:
+            if other := [f'{k}={old[k]!r}, not {new[k]!r}' for k in new if old[k] != new[k] and k not in HOW]:
                 raise SocraticError(f"run {name!r} was begun with {'; '.join(other)}: choose another run name, or delete {folder}")
             if settings is not None and old != new: run._write({**run.diary, 'settings': new})
         elif settings is None: raise SocraticError(f'{folder} holds no run: begin one with `socratic run --run {name}`')
@@ -292,7 +295,9 @@ def choose_device(settings:Settings)->tuple:
     elif kind == 'cuda':
         ok = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype, why = (torch.bfloat16, 'which this GPU computes natively') if ok else (torch.float16, 'since this GPU has no bfloat16')
-    elif kind == 'mps': dtype, why = torch.float16, 'the fast format on Apple GPUs'
+    elif kind == 'mps':
+        ok = torch.backends.mps.is_macos_or_newer(14, 0)
+        dtype, why = (torch.bfloat16, 'which this macOS computes') if ok else (torch.float32, 'since bfloat16 needs macOS 14')
     else:
         gain = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
         dtype = torch.bfloat16 if gain >= 1.5 else torch.float32

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'app', 'RunName', 'Profile', 'BaseModel_', 'ModelDir', 'Set
 
 # %% ../nbs/11_pipeline.ipynb #2dbc8ed6
 import csv, json, logging, os, re, shutil, subprocess, sys, time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -330,19 +330,22 @@ def train_command(data_path:Annotated[Path | None, flag('data_path', "JSONL with
                   epochs:Annotated[float | None, flag('epochs', 'passes over the data')]=None,
                   learning_rate:Annotated[float | None, flag('learning_rate', 'peak learning rate')]=None, set:Set=None):
     "The adapter: LoRA finetuning of a base model on a dataset."
-    changes = {**dict(base_model=base_model, max_length=max_length, epochs=epochs, learning_rate=learning_rate), **parse_settings(set)}
-    r = None if output_dir else begin_run(run, profile, **changes)
-    settings = r.settings if r else settings_for(profile or profile_for(base_model), **changes)
-    from socratic_finetune.finetune import find_base, finetune
+    from socratic_finetune.finetune import find_base, finetune, is_main, main_first, meet
     from socratic_finetune.generate import read_rows
+    changes = {**dict(base_model=base_model, max_length=max_length, epochs=epochs, learning_rate=learning_rate), **parse_settings(set)}
+    meet(changes.get('device', 'auto'))
+    with main_first(): r = None if output_dir else begin_run(run, profile, **changes)
+    settings = r.settings if r else settings_for(profile or profile_for(base_model), **changes)
     find_base(settings.base_model)
     rows, bad = read_rows(data_path or (r or Run(runs_dir()/run, settings)).input('sft.jsonl', 'tutor_v1_sft.jsonl'))
     warn_of(bad)
     if r is None: out = finetune(settings, rows, output_dir)
+    elif not is_main(): out = finetune(settings, rows, r.path('adapter'), r.path('checkpoints'))
     else:
         with working_in(r), r.stage('finetune') as result:
             out = finetune(settings, rows, r.path('adapter'), r.path('checkpoints'))
-            result.update({k: out[k] for k in ('steps', 'tokens', 'tokens_per_second', 'trainable')})
+            result.update({k: out[k] for k in ('steps', 'tokens', 'tokens_per_second', 'trainable', 'memory_gb')})
+        write_atomic(r.path('finetune.json'), json.dumps(out, indent=1))
     warn_of([dict(file=data_path or 'sft.jsonl', line=d['row'], reason=d['reason']) for d in out['dropped']])
     folder = output_dir or r.path('adapter')
     aside = f', {len(bad)} set aside' if bad else ''
@@ -432,6 +435,15 @@ def pocket_command(ctx:typer.Context):
 
 # %% ../nbs/11_pipeline.ipynb #354b63ef
 def main()->None:
-    "The command `socratic`. An error that the user can mend is one message on stderr and exit code 1."
-    try: app()
-    except SocraticError as e: sys.exit(f'socratic: {e}')
+    """The command `socratic`. An error that the user can mend is one message on stderr and exit code 1.
+
+    Of several processes that `accelerate launch` started, only the first one speaks."""
+    with ExitStack() as quiet:
+        if int(os.environ.get('RANK', 0)):
+            nowhere = quiet.enter_context(open(os.devnull, 'w'))
+            for stream in (redirect_stdout, redirect_stderr): quiet.enter_context(stream(nowhere))
+        try: app()
+        except SocraticError as e: sys.exit(1 if int(os.environ.get('RANK', 0)) else f'socratic: {e}')
+
+if __name__ == '__main__' and '__file__' in globals(): main()
+
