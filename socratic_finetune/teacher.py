@@ -166,10 +166,13 @@ LOOKS = {'asks_first': _asks_first, 'no_reveal': _no_reveal, 'concise': _concise
 class EmbeddedTeacher:
     """A teacher made of topic cards: needs no network, and knows nothing beyond the cards.
 
-    - `bank`: the topic bank; None loads the project's own."""
+    - `bank`: the topic bank; None loads the project's own.
+    - `constitution`: some of the project's principles, by key; None takes them all."""
     name = 'embedded'
 
-    def __init__(self, bank:TopicBank|None=None): self.bank = load_topics() if bank is None else bank
+    def __init__(self, bank:TopicBank|None=None, constitution:dict[str, Principle]|None=None):
+        self.bank = load_topics() if bank is None else bank
+        self.constitution = load_constitution() if constitution is None else constitution
 
     def draft(self, turn:Turn, rng:random.Random)->str:
         "A first reply, more often flawed than not."
@@ -272,12 +275,13 @@ class OpenAITeacher:
         return self.client.ask(self.system, words, Reply, seed=rng.getrandbits(31)).reply
 
 # %% ../nbs/03_teacher.ipynb #c2d5053a
-def make_teacher(settings:Settings, bank:TopicBank|None=None, folder=None, batch:bool=False)->Teacher:
+def make_teacher(settings:Settings, bank:TopicBank|None=None, folder=None, batch:bool=False, constitution:dict[str, Principle]|None=None)->Teacher:
     """The teacher that the settings name.
 
     - `settings`: its `teacher`, and for `openai` what `client_for` reads.
     - `bank`: topic bank of the embedded teacher.
     - `folder`: where a run keeps answered requests.
-    - `batch`: let requests wait for a batch."""
-    if settings.teacher == 'embedded': return EmbeddedTeacher(bank)
-    return OpenAITeacher(settings.openai_model, client=client_for(settings, folder, batch))
+    - `batch`: let requests wait for a batch.
+    - `constitution`: principles by key; None takes the project's own."""
+    if settings.teacher == 'embedded': return EmbeddedTeacher(bank, constitution)
+    return OpenAITeacher(settings.openai_model, constitution, client_for(settings, folder, batch))
