@@ -224,7 +224,8 @@ class Cache:
 
     - `folder`: where they are kept; made when the first is written.
     - `room`: bytes kept free for answers under way on a disk that has become full."""
-    def __init__(self, folder:str|Path, room:int=1_000_000): self.folder, self.room = Path(folder), room
+    def __init__(self, folder:str|Path, room:int=1_000_000):
+        self.folder, self.room, self.full, self.lock = Path(folder), room, '', threading.Lock()
 
     def path(self, key:str)->Path: return self.folder/f'{key}.json'
     def __contains__(self, key:str)->bool: return self.path(key).is_file()
@@ -237,15 +238,18 @@ class Cache:
         text = json.dumps(entry, ensure_ascii=False) + '\n'
         try: write_atomic(self.path(key), text)
         except OSError as e:
-            self.give_room()
-            write_atomic(self.path(key), text)
-            why = f'{self.folder}: {e.strerror or e}; every answer so far is kept: free some space, and the same command goes on'
-            raise RunStopped(why) from None
+            self.full = f'{self.folder}: {e.strerror or e}; every answer so far is kept: free some space, and the same command goes on'
+            with self.lock:   # the room is for answers under way: nobody may fill it again before they are written
+                self.give_room()
+                write_atomic(self.path(key), text)
+            raise RunStopped(self.full) from None
 
     def keep_room(self)->None:
         "Make sure, before anything is paid for, that its answer can be written. Raises `RunStopped` if it cannot."
-        try: (self.folder/'.room').stat().st_size >= self.room or self._fill()
-        except FileNotFoundError: self._fill()
+        with self.lock:
+            if self.full: raise RunStopped(self.full)
+            try: (self.folder/'.room').stat().st_size >= self.room or self._fill()
+            except FileNotFoundError: self._fill()
 
     def _fill(self):
         try: write_atomic(self.folder/'.room', os.urandom(self.room))

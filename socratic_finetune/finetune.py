@@ -534,14 +534,17 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
 
 # %% ../nbs/06_finetune.ipynb #d186c22a
 def plot_loss(log:list[dict], path:str|Path|None=None):
-    """The loss by step, with validation loss, and the learning rate below it, as a figure.
+    """The loss by step and its running mean, with validation loss, and the learning rate below it, as a figure.
 
     - `log`: from `finetune`.
     - `path`: where to save a PNG, or None."""
     import matplotlib.pyplot as plt
     fig, (ax, below) = plt.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 4.2), layout='constrained')
     points = lambda key: zip(*((h['step'], h[key]) for h in log if key in h))
-    ax.plot(*points('loss'), color='#0072B2', lw=1.2, label='training')
+    steps, losses = map(list, points('loss'))
+    near = [losses[max(0, i-10):i+11] for i in range(len(losses))]
+    ax.plot(steps, losses, color='#56B4E9', lw=0.7, alpha=0.7, label='training, step by step')
+    ax.plot(steps, [sum(x)/len(x) for x in near], color='#0072B2', lw=1.8, label='its mean over twenty steps')
     if any('eval_loss' in h for h in log): ax.plot(*points('eval_loss'), 'o-', color='#D55E00', label='validation, other topics')
     below.plot(*points('learning_rate'), color='#555', lw=1.2)
     ax.set(ylabel='loss (nats per token)', ylim=(0, None))
