@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'app', 'RunName', 'Profile', 'BaseModel_', 'ModelDir', 'Set
            'notebook_path', 'BarLines', 'run_notebook', 'working_in', 'run_stages', 'summary', 'flag', 'parse_settings',
            'profile_for', 'begin_run', 'adapter_settings', 'show_version', 'run_command', 'report_command',
            'generate_command', 'warn_of', 'train_command', 'open_tutor', 'arms_of', 'infer_command', 'evaluate_command',
-           'chat_command', 'judge_command', 'pocket_command', 'main']
+           'chat_command', 'told_figures', 'judge_command', 'pocket_command', 'main']
 
 # %% ../nbs/11_pipeline.ipynb #2dbc8ed6
 import csv, json, logging, os, re, shutil, subprocess, sys, time
@@ -415,13 +415,28 @@ def chat_command(model_dir:ModelDir=None, base_model:BaseModel_=None, run:RunNam
     talk = chat_terminal(take_sides(lambda: open_tutor(run, model_dir, base_model), base, tuned), arms)
     if not sys.stdin.isatty() and any(a.status == 'failed' for e in talk.exchanges for a in e.answers.values()): raise typer.Exit(1)
 
+def told_figures(rows:list[dict])->str:
+    """Figures of agreement as a table; an interval stands behind its figure.
+
+    - `rows`: dicts with the same keys; `low` and `high` are the ends of an interval."""
+    import pandas as pd
+    interval = lambda r: f"{r['low']:.3f} to {r['high']:.3f}" if r.get('low') is not None else ''
+    table = pd.DataFrame([{k: v for k, v in r.items() if k not in ('low', 'high')} | {'95% interval': interval(r)} for r in rows])
+    return table.dropna(axis=1, how='all').to_string(index=False, na_rep='')
+
 @app.command('judge')
 def judge_command(file:Annotated[Path | None, typer.Argument(help='JSONL with question and reply, and if known context and reference')]=None,
                   data_path:Annotated[Path | None, flag('data_path', 'the same file, as a flag')]=None,
-                  output_path:Annotated[Path, flag('output_path', 'the CSV file to write', '--out')]=Path('judged.csv'), judge:JudgeName=None, set:Set=None):
+                  output_path:Annotated[Path, flag('output_path', 'the CSV file to write', '--out')]=Path('judged.csv'), judge:JudgeName=None,
+                  figures:Annotated[bool, typer.Option('--figures', help='only say how well the embedded judge agrees with people')]=False, set:Set=None):
     "Scores for replies of any tutor, without a model: one row of a table for each line."
-    from socratic_finetune.judge import judge_file, make_judge
+    from socratic_finetune.judge import LabelModel, judge_file, make_judge
     from tqdm import tqdm
+    if figures:
+        found = LabelModel().figures
+        for title, rows in {'MRBench, unseen tutor and unseen conversation: correlation with ratings': found['mrbench'],
+                            'MathDial, telling or not: area under the curve': found['mathdial']}.items(): print(f'{title}\n{told_figures(rows)}\n')
+        return
     if (data_path := file or data_path) is None: raise SocraticError('judge needs a file: socratic judge FILE.jsonl --out scores.csv')
     judge_ = make_judge(settings_for(judge=judge, **parse_settings(set)))
     with tqdm(desc='judge', unit=' replies') as bar: counts = judge_file(data_path, output_path, judge_, lambda *_: bar.update())

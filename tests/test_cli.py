@@ -162,6 +162,11 @@ def test_infer_and_chat_answer(socratic):
     assert socratic('infer', stdin="Explain Faraday's law.\n").stdout.strip() == tuned[7:].strip()
 
 
+def test_judge_tells_how_well_it_agrees_with_people(socratic):
+    done = socratic('judge', '--figures')
+    assert done.returncode == 0 and 'revealing of the answer' in done.stdout and 'AUC' in done.stdout and ' to ' in done.stdout
+
+
 def test_judge_scores_a_file(socratic, tmp_path):
     import csv
     from socratic_finetune.topics import load_topics
