@@ -21,9 +21,9 @@ class Tutor:
     - `model`: a causal language model, or a PEFT model.
     - `tokenizer`: with the chat template that the adapter was trained with.
     - `settings`: its `system_prompt` and `max_new_tokens` are the defaults of every reply.
-    - `merged`: a copy of the model with the adapter added in, which answers as `tuned`; None to answer with the adapter beside the weights."""
-    def __init__(self, model, tokenizer, settings:Settings, merged=None):
-        self.model, self.tokenizer, self.settings, self.merged = model.eval(), tokenizer, settings, merged
+    - `copies`: by arm, copies of the model without adapter layers, which answer in its place; None to switch the adapter of the one model."""
+    def __init__(self, model, tokenizer, settings:Settings, copies:dict|None=None):
+        self.model, self.tokenizer, self.settings, self.copies = model.eval(), tokenizer, settings, copies or {}
         self.arms = ('base', 'tuned') if hasattr(model, 'disable_adapter') else ('base',)
         self._caches, self._adapter_on = {}, True
 
@@ -37,11 +37,12 @@ class Tutor:
 
         Raises `SocraticError` if there is no such model."""
         if arm not in self.arms: raise SocraticError(f'there is no {arm!r} model here, only {" and ".join(self.arms)}: train an adapter first')
+        if arm in self.copies: return self.copies[arm]
         on = arm == 'tuned' or 'tuned' not in self.arms
         if on != self._adapter_on:   # switching goes through every layer: it is done when it has to be, not at every token
             (self.model.base_model.enable_adapter_layers if on else self.model.base_model.disable_adapter_layers)()
             self._adapter_on = on
-        return self.merged if arm == 'tuned' and self.merged is not None else self.model
+        return self.model
 
     def prompt(self, messages)->list[int]:
         "Token ids of what the model is given: system prompt, conversation, and the mark that it is its turn."
@@ -57,7 +58,7 @@ def _trained_for(adapter, settings):
     if base != settings.base_model:
         raise SocraticError(f'the adapter in {adapter} was trained on {base!r}, not on {settings.base_model!r}: give it its own base with base_model={base!r}')
 
-SMALL = 2**28   # bytes of a model that may have a merged copy beside it: for those, the adapter's many small steps cost more than its arithmetic
+SMALL = 2**28   # bytes of a model that may have copies beside it, plain and merged: for those, an adapter's many small steps cost more than its arithmetic
 
 def load_tutor(settings:Settings, adapter:str|Path|None=None)->Tutor:
     """Load a base model once, with or without an adapter.
@@ -79,7 +80,7 @@ def load_tutor(settings:Settings, adapter:str|Path|None=None)->Tutor:
     except RuntimeError as e:
         raise SocraticError(f'the adapter in {adapter} does not fit {settings.base_model}: {str(e).splitlines()[-1].strip()}') from None
     small = sum(p.numel()*p.element_size() for p in tuned.parameters()) < SMALL
-    if small: return Tutor(tuned, tokenizer, settings, copy.deepcopy(tuned).merge_and_unload().eval())
+    if small: return Tutor(tuned, tokenizer, settings, dict(base=copy.deepcopy(tuned).unload().eval(), tuned=copy.deepcopy(tuned).merge_and_unload().eval()))
     return Tutor(pack_weights(tuned) if tuned.device.type == 'cpu' else tuned, tokenizer, settings)
 
 Tutor.load = staticmethod(load_tutor)
