@@ -61,6 +61,11 @@ DRAWINGS = {
         base=(1.5, 2, 'a base model\nconfig.json\nmodel.safetensors\ntokenizer', 'good'), tune=(4.2, 1, 'finetune', 'stage'), adapter=(6.5, 1, 'adapter/\nnames its base', 'file'),
         tutor=(6.5, 3, 'tutor', 'stage')),
         ['base > tune', 'tune > adapter', 'adapter > tutor', 'base > tutor'], (7.7, 4)),
+    'lessons': (dict(
+        change=(1, 1.2, 'one change in\nthe reference', 'file'), seeds=(1, 3.8, 'the reference,\nother seeds', 'file'),
+        same=(3.2, 2.5, '\nfinetune\nreply to questions\njudge\n', 'stage'), point=(5.3, 1.2, 'a point', 'good'), band=(5.3, 3.8, 'a grey band', 'file'),
+        verdict=(6.85, 2.5, 'outside it,\nor chance?', 'choice')),
+        ['change > same', 'seeds > same', 'same > point', 'same > band', 'point > verdict', 'band > verdict'], (7.7, 5)),
     'stages': (dict(
         s1=(1, 1, '04_generate', 'stage'), s2=(2.9, 1, '06_finetune', 'stage'), s3=(4.75, 1, '08_chat', 'stage'), s4=(6.7, 1, '10_evaluate', 'stage'),
         f1=(1, 3, 'sft.jsonl', 'file'), f2=(2.9, 3, 'adapter/', 'file'), f3=(4.75, 3, 'chat.jsonl', 'file'), f4=(6.7, 3, 'eval_scores.csv\neval_plot.png', 'file'),
