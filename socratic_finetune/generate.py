@@ -344,7 +344,7 @@ def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch
     client, rows, lost = getattr(teacher, 'client', None), rows_so_far(part), {}
     part.parent.mkdir(parents=True, exist_ok=True)
     if (carried := sum(p['split'] == 'train' for p in plan)) < s.n:
-        tqdm.write(f'{len(bank.train)} topics carry about {carried:,} different rows, so that n={s.n:,} becomes {carried:,}: more cards, or more questions a card, carry more')
+        tqdm.write(f'{len(bank.train)} topics carry at most {carried:,} rows, so that n={s.n:,} becomes {carried:,}, less what repeats another: more cards, or more questions a card, carry more')
     if client and len(rows) < len(plan):
         tqdm.write(forecast_words(forecast(plan, teacher, bank, s), client.model, client.ledger.max_cost, client.batch))
     try:
