@@ -31,10 +31,18 @@ def load_constitution(path:str|Path|None=None)->dict[str, Principle]:
 
     Raises `SocraticError` that names file and principle if one is malformed or a key comes twice."""
     path = data_path('constitution.yaml') if path is None else Path(path)
-    try:
-        found = [Principle(**p) for p in yaml.safe_load(path.read_text(encoding='utf8'))['principles']]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as e:
-        raise SocraticError(f'{path} is not a constitution: {e}') from None
+    def refuse(why): return SocraticError(f'{path} is not a constitution: {why}; it is a YAML file with a list `principles`, each with key, text, ask and mend')
+    try: book = yaml.safe_load(path.read_text(encoding='utf8'))
+    except OSError as e: raise refuse(e.strerror or e) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise refuse(f'no YAML ({str(e).splitlines()[0]})') from None
+    listed = book.get('principles') if isinstance(book, dict) else None
+    if not isinstance(listed, list) or not listed: raise refuse('it has no list `principles`')
+    found = []
+    for i, p in enumerate(listed, 1):
+        try: found.append(Principle.model_validate(p))
+        except ValidationError as e:
+            name = p.get('key', f'principle {i}') if isinstance(p, dict) else f'principle {i}'
+            raise refuse('; '.join(f"{name}, {'.'.join(map(str, d['loc'])) or 'it'}: {d['msg'].lower()}" for d in e.errors())) from None
     keys = [p.key for p in found]
     if len(set(keys)) < len(keys): raise SocraticError(f'{path}: a principle key occurs twice in {keys}')
     return {p.key: p for p in found}

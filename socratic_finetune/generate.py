@@ -83,11 +83,15 @@ def plan_rows(topics:list[Topic], n:int, seed:int, talks:float=0.35, small:float
     - `small`: share of rows that greet, or ask about things outside the bank.
     - `split`: what the rows are for, `train` or `validation`.
 
-    Returns dicts with `id`, `topic` (None for small talk), `kind`, `split`, `variant` (which round over the topics it is) and `turns`, a list of
-    `(student's words, move, step)`. No two rows end with the same words of a student, as long as there are others to be had."""
+    Returns dicts with `id`, `topic` (None for small talk), `kind`, `split`, `variant` (decides on the foothold) and `turns`, a list of
+    `(student's words, move, step)`. No two rows end with the same words of a student. Topics carry only so many rows: where asking each question once
+    more finds new words for less than half of them, the plan ends before it has `n`."""
     rng, plan, used = random.Random(f'{seed} {split}'), [], set()
-    deck, voices = _rounds(topics, rng), phrases()['students']['voices']
+    deck, voices, asked, new, every = _rounds(topics, rng), phrases()['students']['voices'], 0, 0, sum(len(t.questions) for t in topics)
     while len(plan) < n:
+        if asked == every:
+            if new < asked/2: break
+            asked = new = 0
         if rng.random() < small:
             turns, thing = _small_talk(rng)
             row = dict(topic=None, kind='small talk', variant=0, turns=turns, thing=thing)
@@ -96,8 +100,10 @@ def plan_rows(topics:list[Topic], n:int, seed:int, talks:float=0.35, small:float
             if i >= len(topic.questions): q = q.model_copy(update=dict(text=voices[i // len(topic.questions) % len(voices)].format(question=q.text)))
             lesson = lambda: plan_lesson(topic, q, rng, exchanges)
             exchanges = rng.choice([2, 2, 3, 4]) if rng.random() < talks else 1
-            turns = next((l for l in (lesson() for _ in range(20)) if l[-1][0] not in used), None) or lesson()
-            row = dict(topic=topic.topic, kind=q.kind, variant=i, turns=turns)
+            turns = next((l for l in (lesson() for _ in range(20)) if l[-1][0] not in used), None)
+            asked, new = asked + 1, new + bool(turns)
+            if turns is None: continue
+            row = dict(topic=topic.topic, kind=q.kind, variant=i + i//len(topic.questions), turns=turns)   # a question that comes again meets another foothold
         if row['topic'] is None and row['turns'][-1][0] in used: continue
         used.add(row['turns'][-1][0])
         plan.append(dict(id=f"{split}-{seed}-{len(plan)}", split=split, **row))
@@ -119,7 +125,7 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
     - `plan`: from `plan_rows`.
     - `teacher`: drafts, criticises and revises.
     - `bank`: where the plan's topic is looked up.
-    - `settings`: its `system_prompt`, `rounds`, `principles_per_round`.
+    - `settings`: its `system_prompt`, `rounds` (0: the reply is the draft), `principles_per_round`.
 
     Raises `SocraticError` if three drafts of a reply could not be mended, or a request got no answer."""
     rng, constitution = random.Random(f"{plan['id']} {settings.seed}"), getattr(teacher, 'constitution', None) or load_constitution()
@@ -130,7 +136,9 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
         turn = Turn(messages=messages, topic=topic, move=move, step=step, variant=plan['variant'], thing=plan.get('thing', ''),
                     named=settings.opening == 'named')
         for attempts_left in (2, 1, 0):   # what cannot be mended is drafted anew
-            try: trail = teach(teacher, turn, constitution, rng, settings.rounds, settings.principles_per_round)
+            try:
+                trail = (teach(teacher, turn, constitution, rng, settings.rounds, settings.principles_per_round) if settings.rounds
+                         else Trail(draft=teacher.draft(turn, rng)))
             except (RunStopped, Unanswered): raise
             except SocraticError:
                 if not attempts_left: raise
@@ -217,14 +225,16 @@ def distinct(texts:list[str], n:int)->float:
     return len(set(runs)) / max(1, len(runs))
 
 # %% ../nbs/04_generate.ipynb #b664dbdd
-def drop_repeats(rows:list[dict])->tuple[list[dict], list[dict]]:
+def drop_repeats(rows:list[dict], exchanges:bool=False)->tuple[list[dict], list[dict]]:
     """Rows without those whose reply nearly repeats an earlier one.
 
     - `rows`: training rows.
+    - `exchanges`: drop only those whose reply *and* student's words nearly repeat an earlier row's.
 
     Returns `(kept, dropped)`; a dropped entry has `id`, `topic` and `reason`."""
-    repeats = {j: i for i, j in reversed(near_duplicates([r['assistant'] for r in rows]))}
-    dropped = [dict(id=rows[j]['id'], topic=rows[j]['topic'], reason=f"the reply nearly repeats that of {rows[i]['id']}") for j, i in sorted(repeats.items())]
+    said = lambda r: f"{r['user']} {r['assistant']}" if exchanges else r['assistant']
+    repeats, what = {j: i for i, j in reversed(near_duplicates([said(r) for r in rows]))}, 'exchange' if exchanges else 'reply'
+    dropped = [dict(id=rows[j]['id'], topic=rows[j]['topic'], reason=f"the {what} nearly repeats that of {rows[i]['id']}") for j, i in sorted(repeats.items())]
     return [r for i, r in enumerate(rows) if i not in repeats], dropped
 
 # %% ../nbs/04_generate.ipynb #ca110001
@@ -240,7 +250,7 @@ def forecast(plan:list[dict], teacher, bank:TopicBank, settings, sample:int=40)-
     some, reply, found = plan[::max(1, len(plan)//sample)], ' '.join(['words']*50), []
     asks = [f'- {p.key}: {p.ask}' for p in teacher.constitution.values()]
     looks = [('critique', asks[:settings.principles_per_round], 0)]*settings.rounds
-    acts = [('draft', [], 70), *looks, ('revise', asks[:1], 70), ('critique', asks, 0)]
+    acts = [('draft', [], 70), *([*looks, ('revise', asks[:1], 70), ('critique', asks, 0)] if settings.rounds else [])]
     for p in some:
         messages = []
         for student, move, step in p['turns']:
@@ -325,14 +335,16 @@ def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch
 
     - `run`: its settings say how many rows, which teacher, which seed.
     - `teacher`: None makes the one that the settings name.
-    - `bank`: None loads the project's topics.
+    - `bank`: None loads the topics that the settings name.
     - `batch`: requests go out in batches, for half the price; for a teacher that is made here.
 
     Raises `SocraticError` if five neighbours fail, or a file cannot be written; `RunStopped` where no further request makes sense."""
-    s, bank = run.settings, bank or load_topics()
+    s, bank = run.settings, bank or load_topics(run.settings.topics or None)
     teacher, part, plan = teacher or make_teacher(s, bank, run.path('requests'), batch), run.path('sft.part.jsonl'), plan_data(bank, s)
     client, rows, lost = getattr(teacher, 'client', None), rows_so_far(part), {}
     part.parent.mkdir(parents=True, exist_ok=True)
+    if (carried := sum(p['split'] == 'train' for p in plan)) < s.n:
+        tqdm.write(f'{len(bank.train)} topics carry at most {carried:,} rows, so that n={s.n:,} becomes {carried:,}, less what repeats another: more cards, or more questions a card, carry more')
     if client and len(rows) < len(plan):
         tqdm.write(forecast_words(forecast(plan, teacher, bank, s), client.model, client.ledger.max_cost, client.batch))
     try:
@@ -345,7 +357,8 @@ def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch
         raise SocraticError(f'{e.filename or part}: {e.strerror or e}; what is done is kept: mend that, and the same command goes on') from None
     finally:
         if client: client.close()
-    made, repeats = drop_repeats([rows[p['id']] for p in plan if p['id'] in rows])
+    often = any(p['topic'] and p['variant'] >= len(bank[p['topic']].questions) for p in plan)   # each question more than once: replies have to come again
+    made, repeats = drop_repeats([rows[p['id']] for p in plan if p['id'] in rows], exchanges=often)
     write_jsonl(run.path('quarantine.jsonl'), [lost[p['id']] for p in plan if p['id'] in lost] + repeats)
     write_jsonl(run.path('sft.jsonl'), made)
     part.unlink(missing_ok=True)

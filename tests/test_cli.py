@@ -100,6 +100,80 @@ def test_run_folder_of_other_settings(socratic, tmp_path):
     assert (tmp_path/'runs'/'mine'/'sft.jsonl').read_bytes() == before
 
 
+def some_cards(folder, n=5):
+    "A folder of a subject of one's own: the first cards of the project's own file on statistics."
+    folder.mkdir()
+    cards = yaml.safe_load((ROOT/'data'/'topics'/'statistics.yaml').read_text(encoding='utf8'))['cards'][:n]
+    (folder/'mine.yaml').write_text(yaml.safe_dump(dict(subject='mine', cards=cards)), encoding='utf8')
+    return {c['topic'] for c in cards}
+
+
+def rows_of(run): return [json.loads(line) for line in (run/'sft.jsonl').read_text(encoding='utf8').splitlines()]
+
+
+def test_a_run_keeps_to_cards_of_ones_own(socratic, tmp_path):
+    topics, mine = some_cards(tmp_path/'cards'), tmp_path/'runs'/'mine'
+    done = socratic('generate', '--n', 40, '--topics', 'cards', '--run', 'mine')
+    assert done.returncode == 0 and '5 topics to teach' in done.stdout, done.stderr
+    first = (mine/'sft.jsonl').read_bytes()
+    assert {r['topic'] for r in rows_of(mine)} - {None} == topics
+    assert socratic('generate', '--run', 'mine').returncode == 0 and (mine/'sft.jsonl').read_bytes() == first
+    (tmp_path/'others').mkdir()
+    shutil.copy(tmp_path/'cards'/'mine.yaml', tmp_path/'others')
+    says(socratic('generate', '--run', 'mine', '--topics', 'others'), "run 'mine' was begun with topics=", 'others')
+
+
+def test_few_topics_carry_few_rows(socratic, tmp_path):
+    some_cards(tmp_path/'cards')
+    done = socratic('generate', '--n', 2000, '--topics', 'cards', '--run', 'mine')
+    assert done.returncode == 0 and 'n=2,000 becomes' in done.stdout, done.stderr
+    planned = int(done.stdout.split('5 topics carry at most ')[1].split()[0].replace(',', ''))
+    assert 200 < planned < 600 and len(rows_of(tmp_path/'runs'/'mine')) > 0.5*planned
+
+
+def test_sixth_topic_is_held_out_and_said_to_be(socratic, tmp_path):
+    some_cards(tmp_path/'cards', 6)
+    done = socratic('generate', '--n', 10, '--topics', 'cards', '--run', 'mine')
+    assert '5 topics to teach, 1 held out: ' in done.stdout, done.stderr
+
+
+def test_a_run_keeps_to_a_constitution_of_ones_own(socratic, tmp_path):
+    book = yaml.safe_load((ROOT/'data'/'constitution.yaml').read_text(encoding='utf8'))
+    some = [p for p in book['principles'] if p['key'] in ('no_reveal', 'asks_first')]
+    (tmp_path/'mine.yaml').write_text(yaml.safe_dump(dict(principles=some)), encoding='utf8')
+    done, mine = socratic('generate', '--n', 20, '--constitution', 'mine.yaml', '--run', 'mine'), tmp_path/'runs'/'mine'
+    assert done.returncode == 0, done.stderr
+    first, looked_at = (mine/'sft.jsonl').read_bytes(), {v['principle'] for r in rows_of(mine) for x in r['trail']['rounds'] for v in x['verdicts']}
+    assert looked_at == {'no_reveal', 'asks_first'}
+    assert json.loads((mine/'run.json').read_text(encoding='utf8'))['settings']['constitution'] == str(tmp_path/'mine.yaml')
+    assert socratic('generate', '--run', 'mine').returncode == 0 and (mine/'sft.jsonl').read_bytes() == first
+
+
+def test_no_constitution(socratic, tmp_path):
+    call = lambda file: socratic('generate', '--n', 5, '--constitution', file, '--run', 'mine')
+    says(call('nowhere.yaml'), 'nowhere.yaml is not a constitution', 'No such file')
+    (tmp_path/'list.yaml').write_text('- be kind')
+    says(call('list.yaml'), 'list.yaml is not a constitution', 'no list `principles`', 'key, text, ask and mend')
+    (tmp_path/'half.yaml').write_text('principles: [{key: kind, text: Be kind.}]')
+    says(call('half.yaml'), 'kind, ask: field required')
+    assert not (tmp_path/'runs'/'mine').exists(), 'a run was begun with a broken constitution'
+    (tmp_path/'playful.yaml').write_text('principles: [{key: playful, text: Be playful., ask: "Would a child smile?", mend: Make it a game.}]')
+    says(call('playful.yaml'), "the embedded teacher cannot judge 'playful'", 'openai')
+
+
+def test_no_critique_leaves_drafts(socratic, tmp_path):
+    assert socratic('generate', '--n', 40, '--set', 'rounds=0', '--run', 'drafts').returncode == 0
+    rows = rows_of(tmp_path/'runs'/'drafts')
+    assert rows and all(r['assistant'] == r['trail']['draft'] and not r['trail']['rounds'] for r in rows)
+
+
+def test_dials_of_training_may_be_turned_until_it_begins(socratic, tmp_path):
+    assert socratic('generate', '--n', 6, '--run', 'mine').returncode == 0
+    done = socratic('train', '--run', 'mine', '--epochs', 1, '--learning_rate', '3e-3')
+    assert done.returncode == 0, done.stderr
+    says(socratic('train', '--run', 'mine', '--epochs', 2), "run 'mine' was begun with epochs=1.0, not 2.0")
+
+
 def test_no_key(socratic, tmp_path):
     for args in (['generate', '--teacher', 'openai'], ['judge', '--data_path', data_file(tmp_path, json.dumps(dict(question='Why?', reply='Who?'))), '--judge', 'openai']):
         says(socratic(*args), 'OPENAI_API_KEY is not set', '.env', 'embedded')
