@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from .config import HOW, Run, Settings, SocraticError, choose_device, data_path, settings_for, versions, write_atomic
 from .generate import read_rows
 from .prompting import collate, encode, set_chat_format
-from .speed import speed_up_adapters, use_grouped_attention
+from .speed import can_pack_rows, pack, speed_up_adapters, summed_loss, use_grouped_attention
 
 # %% ../nbs/06_finetune.ipynb #ed0a18f6
 def find_base(name:str)->str:
@@ -71,7 +71,7 @@ def load_base(settings:Settings)->tuple:
         raise SocraticError(f'{settings.base_model} cannot be loaded as a causal language model: {str(e).splitlines()[0]}') from None
     set_chat_format(tokenizer, settings.chat_format)
     model.name_or_path = model.config._name_or_path = settings.base_model   # so that the adapter names its base, not a folder of this machine
-    if device.type == 'cpu': use_grouped_attention(model)
+    use_grouped_attention(model)
     return (model if 'device_map' in how else model.to(device)).eval(), tokenizer
 
 # %% ../nbs/06_finetune.ipynb #6071d9db
@@ -132,10 +132,14 @@ class LengthGroups:
 
     - `lengths`: tokens of each row.
     - `size`: rows in a batch; rows that fill none come last.
-    - `seed`: decides the order, together with the epoch."""
-    def __init__(self, lengths:list[int], size:int, seed:int): self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
+    - `seed`: decides the order, together with the epoch.
+    - `parts`: batches in a step, if its rows are to be dealt out among them so that all have about as many tokens; 1 leaves the batches as they are."""
+    def __init__(self, lengths:list[int], size:int, seed:int, parts:int=1):
+        self.lengths, self.size, self.seed, self.parts, self.epoch = lengths, size, seed, parts, 0
+
     def __len__(self): return len(self.lengths)
     def set_epoch(self, epoch:int): self.epoch = epoch   # the trainer calls it, also when it goes on from a checkpoint
+
     def __iter__(self):
         rng = random.Random(f'{self.seed} {self.epoch}')
         rows = rng.sample(range(len(self)), len(self))
@@ -143,7 +147,16 @@ class LengthGroups:
         rows, last = sorted(rows[rest:], key=self.lengths.__getitem__), rows[:rest]
         batches = [rows[i:i+self.size] for i in range(0, len(rows), self.size)]
         rng.shuffle(batches)
-        return iter([i for b in [*batches, last] for i in b])
+        for i in range(0, len(batches), self.parts): yield from self._dealt(batches[i:i+self.parts])
+        yield from last
+
+    def _dealt(self, batches):
+        "The rows of some batches, the longest first, each to the batch that has fewest tokens and room."
+        if len(batches) == 1: return batches[0]
+        hands = [[] for _ in batches]
+        for i in sorted((i for b in batches for i in b), key=self.lengths.__getitem__, reverse=True):
+            min((h for h in hands if len(h) < self.size), key=lambda h: sum(self.lengths[j] for j in h)).append(i)
+        return [i for h in hands for i in h]
 
 
 # %% ../nbs/06_finetune.ipynb #76773f76
@@ -183,22 +196,22 @@ def training_arguments(settings:Settings, folder:str|Path, device:str, half:bool
 # %% ../nbs/06_finetune.ipynb #af9ed516
 @cache
 def trainer_class():
-    """TRL's `SFTTrainer` with batches of like length, scores only where there is loss, and sealed checkpoints.
+    """TRL's `SFTTrainer` with rows in the order of `LengthGroups`, scores only where there is loss, and sealed checkpoints.
 
     It is made on first use, so that importing this module imports no TRL."""
-    from torch.nn.functional import cross_entropy
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, *_):
-            return LengthGroups(self.train_dataset['length'], self.group_size, self.args.seed)
+            return LengthGroups(self.train_dataset['length'], self.batch, self.args.seed, self.parts)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             "The mean loss of the tokens that bear any; of those of all devices and accumulated batches, where `num_items_in_batch` counts them."
             labels = inputs['labels'][:, 1:]
             places = (labels != -100).any(0).nonzero().squeeze(1)
             outputs = model(**{k: v for k, v in inputs.items() if k != 'labels'}, use_cache=False, logits_to_keep=places)
-            total = cross_entropy(outputs.logits.float().flatten(0, 1), labels[:, places].flatten(), reduction='sum')
+            at = labels[:, places] != -100
+            total = summed_loss(outputs.logits[at], labels[:, places][at])
             if num_items_in_batch is None: loss = total / (labels != -100).sum()
             else: loss = total / num_items_in_batch * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
             return (loss, outputs) if return_outputs else loss
@@ -231,9 +244,11 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     args = training_arguments(settings, folder, device, half=model.dtype == torch.float16)
     if not valid: args.eval_strategy = 'no'
     table = lambda rows: Dataset.from_list([{k: e[k] for k in ('input_ids', 'labels', 'length')} for e in rows])
+    packed = can_pack_rows(model)
     trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None,
-                              processing_class=tokenizer, data_collator=lambda batch: collate(batch, tokenizer.pad_token_id), callbacks=list(callbacks))
-    trainer.group_size = settings.batch_size
+                              processing_class=tokenizer, callbacks=list(callbacks),
+                              data_collator=pack if packed else lambda batch: collate(batch, tokenizer.pad_token_id))
+    trainer.batch, trainer.parts = settings.batch_size, settings.accumulation if packed else 1
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # TRL puts the adapter of a 4-bit base into bfloat16, which loses small updates
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'PrinterCallback'))
