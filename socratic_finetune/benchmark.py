@@ -106,20 +106,25 @@ def _never_end(tutor):
 
 ASKED = [f'Question {i}: what holds the Moon in its orbit, and what would happen if it stood still?' for i in range(40)]
 
-def _replies(base, way, tokens=64):
-    import torch
+def _together(base, tokens=64):
     from socratic_finetune.tutor import Tutor
     tutor = Tutor.load(_settings(base, 'bfloat16').model_copy(update=dict(max_new_tokens=tokens)))
-    asked = ASKED
     _never_end(tutor)
     t = time.perf_counter()
-    if way == 'together': tutor.reply_batch(asked, 'base')
-    else:
-        asked = asked[:2]
-        for q in asked:
-            ids = torch.tensor([tutor.prompt(q)])
-            tutor.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return len(asked)*tokens, time.perf_counter() - t
+    tutor.reply_batch(ASKED, 'base')
+    return len(ASKED)*tokens, time.perf_counter() - t
+
+def _one_by_one(base, tokens=64):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from socratic_finetune.prompting import prompt_ids, to_messages
+    model, (_, tokenizer), settings = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval(), load_base(settings_for('pocket')), _settings(base, 'bfloat16')
+    asked = [torch.tensor([prompt_ids(tokenizer, to_messages(q, settings.system_prompt))]) for q in ASKED[:3]]
+    model.generation_config.eos_token_id = None
+    model.generate(asked[0], max_new_tokens=2, do_sample=False, pad_token_id=0)   # the first touch reads the file
+    t = time.perf_counter()
+    for ids in asked[1:]: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return 2*tokens, time.perf_counter() - t
 
 def _streamed(base, tokens=48):
     from socratic_finetune.tutor import Tutor, stream_ids
@@ -131,7 +136,7 @@ def _streamed(base, tokens=48):
     return sum(1 for _ in steps), time.perf_counter() - t
 
 MEASURES = {f'finetune, {k}': (lambda base, way=way: way(base, bench_rows())) for k, way in WAYS.items()} | {
-    'replies, one by one': lambda base: _replies(base, 'alone'), 'replies, together': lambda base: _replies(base, 'together'),
+    'replies, one by one': _one_by_one, 'replies, together': _together,
     'a reply, streamed': _streamed}
 
 # %% ../nbs/93_benchmark.ipynb #156df857

@@ -170,25 +170,36 @@ def reply_batch(self:Tutor, conversations:list, arm:str='tuned', progress=None, 
     - `progress`: called with the number of replies just finished.
     - `max_new_tokens`: limit for each.
     - `batch_size`: conversations decoded together, at most."""
-    import torch
     prompts, replies = [self.prompt(c) for c in conversations], [''] * len(conversations)
-    order, pad = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), self.tokenizer.pad_token_id
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     share = math.ceil(len(order)/max(1, math.ceil(len(order)/batch_size)))   # batches of one size: half a batch takes nearly as long as a whole one
     for at in range(0, len(order), share or 1):
         picked = order[at:at+share]
-        longest = len(prompts[picked[0]])
-        ids = torch.tensor([[pad]*(longest - len(prompts[i])) + prompts[i] for i in picked], device=self.model.device)
-        mask = torch.tensor([[0]*(longest - len(prompts[i])) + [1]*len(prompts[i]) for i in picked], device=self.model.device)
-        with torch.inference_mode():
-            out = self.switch(arm).generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens or self.settings.max_new_tokens,
-                                            pad_token_id=pad, eos_token_id=sorted(_end_ids(self) - {None}))
-        for i, row in zip(picked, out[:, longest:].tolist()): replies[i] = self._cut(row)
+        written = self._continue(self.switch(arm), [prompts[i] for i in picked], max_new_tokens or self.settings.max_new_tokens)
+        for i, row in zip(picked, written): replies[i] = self._cut(row)
         if progress: progress(len(picked))
     return replies
+
+def _continue(self:Tutor, model, prompts, limit):
+    "What a model writes after each of some prompts; what they all begin with is read once."
+    import torch
+    from transformers import DynamicCache
+    common = 0
+    while len(prompts) > 1 and common < min(map(len, prompts)) - 1 and len({p[common] for p in prompts}) == 1: common += 1
+    longest, pad, cache = max(map(len, prompts)), self.tokenizer.pad_token_id, DynamicCache(config=model.config)
+    lined_up = lambda fill, row: row[:common] + [fill]*(longest - len(row)) + row[common:]
+    on_device = lambda rows: torch.tensor(rows, device=model.device)
+    with torch.inference_mode():
+        if common:
+            model(input_ids=on_device([prompts[0][:common]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(prompts))
+        out = model.generate(input_ids=on_device([lined_up(pad, p) for p in prompts]), attention_mask=on_device([lined_up(0, [1]*len(p)) for p in prompts]),
+                             past_key_values=cache, do_sample=False, max_new_tokens=limit, pad_token_id=pad, eos_token_id=sorted(_end_ids(self) - {None}))
+    return out[:, longest:].tolist()
 
 def _cut(self:Tutor, ids):
     "Text of generated ids up to the end of the turn."
     ends = _end_ids(self)
     return self.tokenizer.decode(ids[:next((n for n, i in enumerate(ids) if i in ends), len(ids))], skip_special_tokens=True).strip()
 
-Tutor.reply_batch, Tutor._cut = reply_batch, _cut
+Tutor.reply_batch, Tutor._continue, Tutor._cut = reply_batch, _continue, _cut
