@@ -210,8 +210,9 @@ def trainer_class():
             labels = inputs['labels'][:, 1:]
             places = (labels != -100).any(0).nonzero().squeeze(1)
             outputs = model(**{k: v for k, v in inputs.items() if k != 'labels'}, use_cache=False, logits_to_keep=places)
-            at = labels[:, places] != -100
-            total = summed_loss(outputs.logits[at], labels[:, places][at])
+            scores, answers = outputs.logits.flatten(0, 1), labels[:, places].flatten()
+            if (bare := answers == -100).any(): scores, answers = scores[~bare], answers[~bare]   # in a padded batch, places that only another row needs
+            total = summed_loss(scores, answers)
             if num_items_in_batch is None: loss = total / (labels != -100).sum()
             else: loss = total / num_items_in_batch * (self.accelerator.num_processes if self.args.average_tokens_across_devices else 1)
             return (loss, outputs) if return_outputs else loss
