@@ -126,27 +126,46 @@ def _one_by_one(base, tokens=64):
     for ids in asked[1:]: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     return 2*tokens, time.perf_counter() - t
 
-def _streamed(base, tokens=48):
+def _streamed(base, quantize, tokens=48):
     from socratic_finetune.tutor import Tutor, stream_ids
-    tutor = Tutor.load(_settings(base, 'bfloat16'))
+    tutor = Tutor.load(_settings(base, 'bfloat16').model_copy(update=dict(quantize=quantize)))
     _never_end(tutor)
     steps = stream_ids(tutor, tutor.prompt(ASKED[0]), 'base', lambda ids, scores: int(scores.argmax()), tokens)
     next(steps)
     t = time.perf_counter()
     return sum(1 for _ in steps), time.perf_counter() - t
 
+def _growth(base):
+    "Seconds of one step for some numbers of rows and lengths."
+    settings, points = _settings(base, 'bfloat16'), []
+    model, tokenizer = load_base(settings)
+    model, ids = speed_up_adapters(add_adapter(model, settings)), [i for r in encode_rows(bench_rows(20), tokenizer, 512)[0] for i in r['input_ids']]
+    for length in (60, 60, 120, 240, 480):   # the first one warms up
+        for n in (1, 2, 4):
+            rows = [dict(input_ids=ids[7*i:7*i+length], labels=[-100]*(length//2) + ids[7*i+length//2:7*i+length], length=length) for i in range(n)]   # nothing in common
+            with tempfile.TemporaryDirectory() as tmp:
+                one = settings.model_copy(update=dict(epochs=1, batch_size=n, accumulation=1, samples=0))
+                trainer = make_trainer(model, tokenizer, rows, [], one, tmp, 'cpu')
+                trainer.args.save_strategy = 'no'
+                t = time.perf_counter()
+                trainer.train()
+                points.append(dict(rows=n, length=length, seconds=time.perf_counter() - t))
+    return points[3:]
+
 MEASURES = {f'finetune, {k}': (lambda base, way=way: way(base, bench_rows())) for k, way in WAYS.items()} | {
     'replies, one by one': _one_by_one, 'replies, together': _together,
-    'a reply, streamed': _streamed}
+    'a reply, streamed': lambda base: _streamed(base, 'none'), 'streamed, 8 bits': lambda base: _streamed(base, '8bit'),
+    'growth': _growth}
 
 # %% ../nbs/93_benchmark.ipynb #156df857
-def measured(name:str, base:str|Path)->dict:
+def measured(name:str, base:str|Path)->dict|list[dict]:
     """A measurement in a process of its own.
 
     - `name`: a key of `MEASURES`.
     - `base`: folder of the checkpoint.
 
-    Returns `tokens`, `seconds`, `tokens a second`, and `memory`, the peak in GB. Raises `RuntimeError` with the last words of a process that failed."""
+    Returns `tokens`, `seconds`, `tokens a second`, and `memory`, the peak in GB; for `growth` a list of `rows`, `length` and `seconds`. Raises `RuntimeError`
+    with the last words of a process that failed."""
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
     done = subprocess.run([sys.executable, '-m', 'socratic_finetune.benchmark', name, str(base)], env=env, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{name}: {done.stderr[-2000:]}')
@@ -154,8 +173,12 @@ def measured(name:str, base:str|Path)->dict:
 
 def main()->None:
     "Command line: `python -m socratic_finetune.benchmark MEASURE CHECKPOINT` measures, and prints JSON."
-    tokens, seconds = MEASURES[sys.argv[1]](sys.argv[2])
-    print(json.dumps({'tokens': tokens, 'seconds': round(seconds, 1), 'tokens a second': round(tokens/seconds, 1),
-                      'memory': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9, 1)}))
+    found = MEASURES[sys.argv[1]](sys.argv[2])
+    if isinstance(found, tuple):
+        tokens, seconds = found
+        found = {'tokens': tokens, 'seconds': round(seconds, 1), 'tokens a second': round(tokens/seconds, 1),
+                 'memory': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9, 1)}
+    print(json.dumps(found))
 
 if __name__ == '__main__' and '__file__' in globals(): main()
+

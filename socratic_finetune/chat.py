@@ -526,6 +526,7 @@ class Sides:
     arms, together, tokenizer, model = ('base', 'tuned'), True, None, None
     def __init__(self, base, tuned):
         self.side, self.system, self.settings = dict(base=base, tuned=tuned), tuned.system, tuned.settings
+        self.note = next(filter(None, (getattr(side, 'note', '') for side in (base, tuned))), '')
 
     def stream(self, messages:list[dict], arm:str='tuned', stop:threading.Event|None=None, **sampling):
         """Pieces of one side's reply.
@@ -862,7 +863,7 @@ class ChatWidget(ChatSaves):
         self.show.observe(lambda change: self._choose(change['new']), 'value')
         self._new_chips()
         self._lock(False)
-        self._say('Ready.')
+        self._say(' '.join(filter(None, ('Ready.', getattr(tutor, 'note', '')))))
 
     @property
     def conversation(self)->Conversation: return self.chat.conversation
@@ -898,7 +899,7 @@ def run_chat(run:str='demo', profile:str='pocket', judge=None, live:bool|None=No
     Raises `SocraticError` if a model cannot be loaded, or a server does not answer."""
     from socratic_finetune.tutor import Tutor
     bank, run_ = load_topics(), Run.open(run) if Run.exists(run) else Run(Path(run) if '/' in run else runs_dir()/run, settings_for(profile))
-    tutor = take_sides(lambda: Tutor.load(run_.settings, run_.input('adapter', 'pocket/adapter')), base, tuned)
+    tutor = take_sides(lambda: Tutor.load(run_.settings, run_.input('adapter', 'pocket/adapter'), streaming=True), base, tuned)
     return ChatWidget(tutor, judge=judge(bank) if judge else None, bank=bank, folder=run_.folder, live=live)
 
 # %% ../nbs/08_chat.ipynb #c6996ae6
@@ -1075,7 +1076,7 @@ def chat_terminal(tutor, arms:tuple|None=None, folder:str|Path|None=None, source
     Returns the conversation."""
     terminal, sampling = Terminal(source, sink, notes), default_sampling(tutor, sampling)
     talk = Conversation(arms or tutor.arms, getattr(tutor, 'system', ''))
-    if terminal.person: terminal.tell('Ask something; /help lists the commands, exit or Ctrl-D leaves.')
+    if terminal.person: terminal.tell(' '.join(filter(None, ('Ask something; /help lists the commands, exit or Ctrl-D leaves.', getattr(tutor, 'note', '')))))
     while True:
         try:
             line = terminal.read()

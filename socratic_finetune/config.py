@@ -45,7 +45,7 @@ class Settings(BaseModel):
     chat_format: Literal['base', 'llama2'] = Field('base', description="chat template: the base model's own, or Llama 2's [INST] form")
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = Field('auto', description='where tensors live')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description="the base model's number format")
-    quantize: Literal['none', '4bit'] = Field('none', description='`4bit` keeps the frozen base in 4 bits: CUDA with bitsandbytes')
+    quantize: Literal['auto', 'none', '8bit', '4bit'] = Field('auto', description='`8bit`: replies from weights in 8 bits on a CPU; `4bit`: the frozen base in 4 bits, CUDA with bitsandbytes; `auto`: 8 bits in the chat where that is faster')
     # data
     teacher: Literal['embedded', 'openai'] = Field('embedded', description='who drafts, criticises and revises replies')
     topics: str = Field('', description="folder of topic cards of your own; empty: the project's")
@@ -84,7 +84,7 @@ class Settings(BaseModel):
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
                    dtype='float32', opening='named', n=1000, max_new_tokens=96,
-                   lora_dropout=0., learning_rate=1e-3, epochs=2, batch_size=8, accumulation=1, max_grad_norm=0.3),
+                   lora_dropout=0., learning_rate=4e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }
 

@@ -86,7 +86,7 @@ def stamp(settings, adapter:Path|None, arm:str)->str:
     s, digest = settings, hashlib.sha256()
     base = data_path('pocket', 'base') if s.base_model == 'pocket' else Path(s.base_model)
     said = socratic_prompt() if arm == 'prompted' else s.system_prompt
-    digest.update(repr((s.base_model, s.chat_format, s.dtype, said, s.max_new_tokens)).encode())
+    digest.update(repr((s.base_model, s.chat_format, s.dtype, s.quantize, said, s.max_new_tokens)).encode())
     for folder in [base, *([Path(adapter)] if adapter else [])]:
         for f in sorted(folder.glob('*.safetensors')) if folder.is_dir() else []: digest.update(_file_digest(f, f.stat().st_mtime_ns))
     return digest.hexdigest()[:12]

@@ -44,7 +44,7 @@ def find_base(name:str)->str:
 # %% ../nbs/06_finetune.ipynb #f1ne0013
 def _loading(settings, device, dtype):
     "Arguments for loading a base in its number format, or in 4 bits."
-    if settings.quantize == 'none': return dict(dtype=dtype)
+    if settings.quantize != '4bit': return dict(dtype=dtype)
     from importlib.util import find_spec
     if device.type != 'cuda': raise SocraticError(f'quantize="4bit" needs a CUDA GPU, and the device here is {device.type}: use quantize="none"')
     if not find_spec('bitsandbytes'):

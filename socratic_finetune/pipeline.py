@@ -375,18 +375,19 @@ def train_command(data_path:Annotated[Path | None, flag('data_path', "JSONL with
     print(f"trained on {len(rows) - len(out['dropped'])} rows{aside}, {out['steps']} steps, {out['seconds']:.0f} s: {_near(folder)}")
 
 # %% ../nbs/11_pipeline.ipynb #41247892
-def open_tutor(run:str, model_dir:Path|None, base_model:str|None, **changes):
+def open_tutor(run:str, model_dir:Path|None, base_model:str|None, streaming:bool=False, **changes):
     """The tutor of an adapter's folder, of a run, or the one that ships with the project: the first that is there.
 
     - `run`: name of a run.
     - `model_dir`: an adapter's folder.
     - `base_model`: overrules what the adapter says; it must be the base that it was trained on.
+    - `streaming`: see `load_tutor`.
     - `changes`: settings to change.
 
     Raises `SocraticError` if base and adapter do not belong together."""
     from socratic_finetune.tutor import Tutor
     adapter = model_dir or Run(Path(run) if '/' in run else runs_dir()/run, None).input('adapter', 'pocket/adapter')
-    return Tutor.load(adapter_settings(adapter, base_model=base_model, **changes), adapter)
+    return Tutor.load(adapter_settings(adapter, base_model=base_model, **changes), adapter, streaming)
 
 def arms_of(arm:str)->tuple[str, ...]:
     "The arms that `tuned`, `base` or `both` stands for."
@@ -431,11 +432,11 @@ def evaluate_command(base_model:BaseModel_=None,
 # %% ../nbs/11_pipeline.ipynb #6ee5447f
 @app.command('chat')
 def chat_command(model_dir:ModelDir=None, base_model:BaseModel_=None, run:RunName='demo', base:Server=None, tuned:Server=None,
-                 arm:Annotated[str | None, flag('arm', 'who replies: tuned, base or both; without it tuned, or both if a side is a server')]=None):
+                 arm:Annotated[str | None, flag('arm', 'who replies: tuned, base or both; without it tuned, or both if a side is a server')]=None, set:Set=None):
     "A conversation in the terminal, or answers to the lines of a pipe; exit code 1 if a line of a pipe got none."
     from socratic_finetune.chat import chat_terminal, take_sides
     arms = arms_of(arm or ('both' if base or tuned else 'tuned'))
-    talk = chat_terminal(take_sides(lambda: open_tutor(run, model_dir, base_model), base, tuned), arms)
+    talk = chat_terminal(take_sides(lambda: open_tutor(run, model_dir, base_model, streaming=True, **parse_settings(set)), base, tuned), arms)
     if not sys.stdin.isatty() and any(a.status == 'failed' for e in talk.exchanges for a in e.answers.values()): raise typer.Exit(1)
 
 def told_figures(rows:list[dict])->str:
