@@ -10,7 +10,7 @@ __all__ = ['SEAL', 'find_base', 'load_base', 'add_adapter', 'encode_rows', 'spli
 
 # %% ../nbs/06_finetune.ipynb #0bc6bb39
 import errno, json, math, os, random, re, shutil, sys, tempfile, time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -181,6 +181,7 @@ def training_arguments(settings:Settings, folder:str|Path, device:str, half:bool
     if half and device != 'cuda':
         raise SocraticError(f'dtype="float16" is trained with scaled gradients, which {device} does not have: use dtype="bfloat16" or "float32"')
     (batch, accumulation), watch = _share(settings, int(os.environ.get('WORLD_SIZE', 1))), settings.early_stop > 0
+    every = 0.1 if watch else 0.5 if settings.epochs < 2 else None   # None: at the end of each epoch
     return SFTConfig(
         output_dir=str(folder), learning_rate=settings.learning_rate, lr_scheduler_type='cosine', warmup_steps=settings.warmup,
         num_train_epochs=settings.epochs, per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
@@ -189,7 +190,7 @@ def training_arguments(settings:Settings, folder:str|Path, device:str, half:bool
         remove_unused_columns=False, dataset_kwargs={'skip_prepare_dataset': True}, dataloader_pin_memory=False,
         logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, report_to='none',
         save_strategy='steps', save_steps=0.1, save_total_limit=3 if watch else 2,
-        eval_strategy='steps' if watch else 'epoch', eval_steps=0.1 if watch else None, load_best_model_at_end=watch,
+        eval_strategy='steps' if every else 'epoch', eval_steps=every, load_best_model_at_end=watch,
         metric_for_best_model='eval_loss' if watch else None, restore_callback_states_from_checkpoint=watch)
 
 
@@ -327,6 +328,8 @@ def peak_memory(device:str)->float:
     except ImportError:   # Windows
         import psutil
         return psutil.Process().memory_info().peak_wset/1e9
+    with suppress(OSError, StopIteration):   # Linux; what getrusage says there may be of the process that started this one
+        return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))*1024/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9
 
 def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, share:float=1.)->tuple[float, float]:
@@ -348,7 +351,7 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
         if device == 'cuda': torch.cuda.synchronize()
         seconds = (time.perf_counter() - t)/sum(e['length'] for e in batch)
     trainer.model.zero_grad(set_to_none=True)
-    looks = 10 if settings.early_stop else settings.epochs
+    looks = 10 if settings.early_stop else max(2, settings.epochs)
     tokens = settings.epochs*sum(e['length'] for e in train) + looks*sum(e['length'] for e in valid)/2   # no way back costs half
     moments = 8*sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)   # AdamW keeps two numbers for each weight
     return share*tokens*seconds/args.world_size, peak_memory(device) + moments/1e9

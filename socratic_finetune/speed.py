@@ -172,7 +172,10 @@ def _adapter_classes():
     class Down(torch.nn.Linear):
         "An adapter's first matrix, with the dropout before it."
         p = 0.
-        def forward(self, x): return _product().apply(x, self.weight, self.p if self.training else 0.)
+        def forward(self, x):
+            p = self.p if self.training else 0.
+            if not p and x.dtype is self.weight.dtype: return torch.nn.functional.linear(x, self.weight)   # nothing to save
+            return _product().apply(x, self.weight, p)
 
     class Up(torch.nn.Linear):
         "An adapter's second matrix."

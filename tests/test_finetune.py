@@ -182,6 +182,27 @@ def test_from_checkpoint_to_reply(tiny, tmp_path, chat_format):
     assert any(p.abs().sum() > 0 for n, p in plain.named_parameters() if 'lora_B' in n)
 
 
+def test_a_large_model_is_chatted_with_in_8_bits_where_they_are_faster(tiny, monkeypatch):
+    from socratic_finetune import tutor as t
+    from socratic_finetune.speed import can_round
+    if not can_round(): pytest.skip('this torch has no products with 8-bit weights')
+    rounded = lambda tutor: any(type(m).__name__ == 'RoundedLinear' for m in tutor.model.modules())
+    made, gain = settings_for('tinyllama', base_model=str(tiny), dtype='bfloat16', max_new_tokens=4), [2.]
+    monkeypatch.setattr(t, 'gain_of_8_bits', lambda dtype: gain[0])
+    assert not rounded(Tutor.load(made, streaming=True))                                  # a small one has nothing to gain
+    monkeypatch.setattr(t, 'SMALL', 0)
+    fast = Tutor.load(made, streaming=True)
+    assert rounded(fast) and '2.0 times as fast' in fast.note and isinstance(fast.reply('Why?'), str)
+    for whole in (Tutor.load(made), Tutor.load(made.model_copy(update=dict(quantize='none')), streaming=True)): assert not rounded(whole) and whole.note == ''
+    gain[0] = 1.1
+    assert not rounded(Tutor.load(made, streaming=True))
+    assert rounded(Tutor.load(made.model_copy(update=dict(quantize='8bit'))))             # whoever asks for it gets it
+    monkeypatch.setattr(t, '_for_replies', lambda *_: '')
+    monkeypatch.setattr('socratic_finetune.speed.can_round', lambda: False)
+    from socratic_finetune.speed import pack_weights
+    with pytest.raises(SocraticError, match='quantize="none"'): pack_weights(Tutor.load(made).model, 8)
+
+
 # --- device and number format -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('bf16, dtype', [(True, torch.bfloat16), (False, torch.float16)])
