@@ -45,7 +45,8 @@ class Settings(BaseModel):
     chat_format: Literal['base', 'llama2'] = Field('base', description="chat template: the base model's own, or Llama 2's [INST] form")
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = Field('auto', description='where tensors live')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description="the base model's number format")
-    quantize: Literal['auto', 'none', '8bit', '4bit'] = Field('auto', description='`8bit`: replies from weights in 8 bits on a CPU; `4bit`: the frozen base in 4 bits, CUDA with bitsandbytes; `auto`: 8 bits in the chat where that is faster')
+    quantize: Literal['auto', 'none', '8bit', '4bit'] = Field(
+        'auto', description='`8bit`: replies from 8-bit weights on a CPU; `4bit`: a frozen base in 4 bits, CUDA with bitsandbytes; `auto`: 8 bits in a chat if faster')
     # data
     teacher: Literal['embedded', 'openai'] = Field('embedded', description='who drafts, criticises and revises replies')
     topics: str = Field('', description="folder of topic cards of your own; empty: the project's")

@@ -192,7 +192,7 @@ def test_a_large_model_is_chatted_with_in_8_bits_where_they_are_faster(tiny, mon
     assert not rounded(Tutor.load(made, streaming=True))                                  # a small one has nothing to gain
     monkeypatch.setattr(t, 'SMALL', 0)
     fast = Tutor.load(made, streaming=True)
-    assert rounded(fast) and '2.0 times as fast' in fast.note and isinstance(fast.reply('Why?'), str)
+    assert rounded(fast) and '2.0 times as fast' in fast.note and isinstance(fast.reply('Why?', 'base'), str)
     for whole in (Tutor.load(made), Tutor.load(made.model_copy(update=dict(quantize='none')), streaming=True)): assert not rounded(whole) and whole.note == ''
     gain[0] = 1.1
     assert not rounded(Tutor.load(made, streaming=True))
