@@ -96,6 +96,7 @@ def load_tutor(settings:Settings, adapter:str|Path|None=None, streaming:bool=Fal
     set_chat_format(tokenizer, settings.chat_format)
     if learned not in (None, tokenizer.chat_template):
         warnings.warn(f'the adapter in {adapter} was trained with another chat template than chat_format={settings.chat_format!r}: its replies may be a mess', stacklevel=2)
+    warnings.filterwarnings('ignore', message='.*gradient_checkpointing.*', category=FutureWarning)   # PEFT still uses the old name
     try: tuned = PeftModel.from_pretrained(model, adapter)
     except RuntimeError as e:
         raise SocraticError(f'the adapter in {adapter} does not fit {settings.base_model}: {str(e).splitlines()[-1].strip()}') from None
