@@ -10,7 +10,7 @@ __all__ = ['TINYLLAMA', 'WAYS', 'ASKED', 'MEASURES', 'matrix_rate', 'memory_rate
 import json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 
-from .config import data_path, settings_for
+from .config import best_seconds, data_path, settings_for
 from .finetune import add_adapter, encode_rows, load_base, make_trainer, peak_memory
 from .generate import read_rows
 from .speed import operations, speed_up_adapters
@@ -25,12 +25,8 @@ def matrix_rate(dtype:str, rows:int=1024, repeats:int=8)->float:
     - `rows`: tokens at once.
     - `repeats`: of which the best counts."""
     import torch
-    a, b, best = torch.randn(rows, 2048).to(getattr(torch, dtype)), torch.randn(5632, 2048).to(getattr(torch, dtype)), float('inf')
-    for _ in range(repeats + 1):
-        t = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        best = min(best, time.perf_counter() - t)
-    return 2*rows*2048*5632/best
+    a, b = (torch.randn(n, 2048).to(getattr(torch, dtype)) for n in (rows, 5632))
+    return 2*rows*2048*5632/best_seconds(lambda: torch.nn.functional.linear(a, b), repeats + 1)
 
 def memory_rate(size:int=2**30, repeats:int=4)->float:
     """Bytes a second that a plain sum reads.
@@ -38,12 +34,7 @@ def memory_rate(size:int=2**30, repeats:int=4)->float:
     - `size`: bytes, more than any cache holds.
     - `repeats`: of which the best counts."""
     import torch
-    x, best = torch.ones(size//8, dtype=torch.int64), float('inf')
-    for _ in range(repeats):
-        t = time.perf_counter()
-        x.sum()
-        best = min(best, time.perf_counter() - t)
-    return size/best
+    return size/best_seconds(torch.ones(size//8, dtype=torch.int64).sum, repeats)
 
 def make_checkpoint(folder:str|Path)->Path:
     """A model of TinyLlama's shape with random weights in bfloat16, and the pocket model's tokenizer.
@@ -97,19 +88,30 @@ def _by_hand(base, rows):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     return _trl(base, rows, model, max_steps=3, per_device_train_batch_size=4, bf16=False, gradient_checkpointing=False)
 
-def _ours(base, rows):
+
+# %% ../nbs/93_benchmark.ipynb #60a743ab
+def _ready(base):
     settings = _settings(base, 'bfloat16')
     model, tokenizer = load_base(settings)
-    model = speed_up_adapters(add_adapter(model, settings))
-    encoded = encode_rows(rows, tokenizer, 512)[0][:48]
+    return settings, speed_up_adapters(add_adapter(model, settings)), tokenizer
+
+def _once(model, tokenizer, rows, settings):
+    "How long the project's trainer takes for one pass over encoded rows, without checkpoints, and the loss of each step."
     with tempfile.TemporaryDirectory() as tmp:
-        trainer = make_trainer(model, tokenizer, encoded, [], settings.model_copy(update=dict(epochs=1)), tmp, 'cpu')
+        trainer = make_trainer(model, tokenizer, rows, [], settings.model_copy(update=dict(epochs=1)), tmp, 'cpu')
         trainer.args.save_strategy = 'no'
         t = time.perf_counter()
         trainer.train()
-    return sum(e['length'] for e in encoded), time.perf_counter() - t
+        seconds = time.perf_counter() - t
+    return seconds, [h['loss'] for h in trainer.state.log_history if 'loss' in h]
+
+def _ours(base, rows):
+    settings, model, tokenizer = _ready(base)
+    encoded = encode_rows(rows, tokenizer, 512)[0][:48]
+    return sum(e['length'] for e in encoded), _once(model, tokenizer, encoded, settings)[0]
 
 WAYS = {'padded': _padded, 'trl': lambda base, rows: _trl(base, rows, max_steps=1), 'by hand': _by_hand, 'this project': _ours}
+
 
 # %% ../nbs/93_benchmark.ipynb #51793190
 def _never_end(tutor):
@@ -149,22 +151,18 @@ def _streamed(base, quantize, tokens=48):
     t = time.perf_counter()
     return sum(1 for _ in steps), time.perf_counter() - t
 
+
+# %% ../nbs/93_benchmark.ipynb #224531f8
 def _growth(base):
     "Seconds of one step for some numbers of rows and lengths."
-    settings, points = _settings(base, 'bfloat16'), []
-    model, tokenizer = load_base(settings)
-    model, ids = speed_up_adapters(add_adapter(model, settings)), [i for r in encode_rows(bench_rows(20), tokenizer, 512)[0] for i in r['input_ids']]
-    for length in (60, 60, 120, 240, 480):   # the first one warms up
-        for n in (1, 2, 4):
-            rows = [dict(input_ids=ids[7*i:7*i+length], labels=[-100]*(length//2) + ids[7*i+length//2:7*i+length], length=length) for i in range(n)]   # nothing in common
-            with tempfile.TemporaryDirectory() as tmp:
-                one = settings.model_copy(update=dict(epochs=1, batch_size=n, accumulation=1, samples=0))
-                trainer = make_trainer(model, tokenizer, rows, [], one, tmp, 'cpu')
-                trainer.args.save_strategy = 'no'
-                t = time.perf_counter()
-                trainer.train()
-                points.append(dict(rows=n, length=length, seconds=time.perf_counter() - t))
-    return points[3:]
+    settings, model, tokenizer = _ready(base)
+    ids = [i for r in encode_rows(bench_rows(20), tokenizer, 512)[0] for i in r['input_ids']]
+    def step(n, length):
+        parts = [ids[7*i:7*i+length] for i in range(n)]   # they begin with nothing in common
+        rows = [dict(input_ids=p, labels=[-100]*(length//2) + p[length//2:], length=length) for p in parts]
+        return _once(model, tokenizer, rows, settings.model_copy(update=dict(batch_size=n, accumulation=1)))[0]
+    for n in (1, 2, 4): step(n, 60)                        # warms up
+    return [dict(rows=n, length=length, seconds=step(n, length)) for length in (60, 120, 240, 480) for n in (1, 2, 4)]
 
 MEASURES = {f'finetune, {k}': (lambda base, way=way: way(base, bench_rows())) for k, way in WAYS.items()} | {
     'replies, one by one': _one_by_one, 'replies, together': _together,

@@ -863,7 +863,7 @@ class ChatWidget(ChatSaves):
         self.show.observe(lambda change: self._choose(change['new']), 'value')
         self._new_chips()
         self._lock(False)
-        self._say(' '.join(filter(None, ('Ready.', getattr(tutor, 'note', '')))))
+        self._say(f"Ready. {getattr(tutor, 'note', '')}".rstrip())
 
     @property
     def conversation(self)->Conversation: return self.chat.conversation
@@ -1076,7 +1076,7 @@ def chat_terminal(tutor, arms:tuple|None=None, folder:str|Path|None=None, source
     Returns the conversation."""
     terminal, sampling = Terminal(source, sink, notes), default_sampling(tutor, sampling)
     talk = Conversation(arms or tutor.arms, getattr(tutor, 'system', ''))
-    if terminal.person: terminal.tell(' '.join(filter(None, ('Ask something; /help lists the commands, exit or Ctrl-D leaves.', getattr(tutor, 'note', '')))))
+    if terminal.person: terminal.tell(f"Ask something; /help lists the commands, exit or Ctrl-D leaves. {getattr(tutor, 'note', '')}".rstrip())
     while True:
         try:
             line = terminal.read()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'HOW', 'TRAINING', 'TOOLS', 'SocraticError', 'data_path', 'Settings', 'settings_for', 'write_atomic',
            'write_jsonl', 'numbered_jsonl', 'read_jsonl', 'versions', 'runs_dir', 'Run', 'seed_everything',
-           'choose_device']
+           'best_seconds', 'choose_device']
 
 # %% ../nbs/00_config.ipynb #b3470a26
 import json, math, os, platform, random, tempfile, time
@@ -277,16 +277,24 @@ def seed_everything(seed:int)->None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-def _matmul_seconds(dtype, size=768, repeats=6):
-    import torch
-    a = torch.randn(size, size).to(dtype)
-    a @ a
+def best_seconds(work, repeats:int)->float:
+    """The shortest time that some work took, since whatever else goes on can only make it longer.
+
+    - `work`: called without arguments.
+    - `repeats`: how often, 1 or more; the first call warms up, and is seldom the best."""
     best = math.inf
     for _ in range(repeats):
         t = time.perf_counter()
-        a @ a
+        work()
         best = min(best, time.perf_counter() - t)
     return best
+
+
+# %% ../nbs/00_config.ipynb #96068440
+def _matmul_seconds(dtype, size=768):
+    import torch
+    a = torch.randn(size, size).to(dtype)
+    return best_seconds(lambda: a @ a, 7)
 
 def choose_device(settings:Settings)->tuple:
     """The device and number format for a base model, and a sentence that says why.

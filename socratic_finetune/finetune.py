@@ -62,6 +62,7 @@ def load_base(settings:Settings)->tuple:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
+    warnings.filterwarnings('ignore', message='.*gradient_checkpointing.*', category=FutureWarning)   # PEFT and TRL still use the old name
     where, (device, dtype, _) = find_base(settings.base_model), choose_device(settings)
     how = _loading(settings, device, dtype)
     try:
@@ -85,7 +86,6 @@ def add_adapter(model, settings:Settings):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D   # a linear layer whose matrix lies on its side; GPT-2 has no others
-    warnings.filterwarnings('ignore', message='.*gradient_checkpointing.*', category=FutureWarning)   # PEFT and TRL still use the old name
     linear = {n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))} - {'lm_head'}
     if missing := set(settings.target_modules) - linear:
         raise SocraticError(f'{settings.base_model} has no layer {", ".join(sorted(missing))}: its linear layers are '
@@ -351,7 +351,7 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
         if device == 'cuda': torch.cuda.synchronize()
         seconds = (time.perf_counter() - t)/sum(e['length'] for e in batch)
     trainer.model.zero_grad(set_to_none=True)
-    looks = 10 if settings.early_stop else max(2, settings.epochs)
+    looks = 1/args.eval_steps if args.eval_steps else settings.epochs
     tokens = settings.epochs*sum(e['length'] for e in train) + looks*sum(e['length'] for e in valid)/2   # no way back costs half
     moments = 8*sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)   # AdamW keeps two numbers for each weight
     return share*tokens*seconds/args.world_size, peak_memory(device) + moments/1e9

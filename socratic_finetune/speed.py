@@ -10,7 +10,7 @@ __all__ = ['LIMIT', 'SLICE', 'PAGE_OUT', 'operations', 'grouped_attention', 'use
 import copy, math
 from functools import cache
 
-from .config import SocraticError
+from .config import SocraticError, best_seconds
 
 # %% ../nbs/05_speed.ipynb #b8358c06
 def operations(model, length:float, scored:float=1., training:bool=True)->dict[str, float]:
@@ -78,6 +78,8 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, **more)
         scores.view(rows, groups, -1, tokens, seen).add_(bias[:, :, None])
     return (scores.softmax(-1) @ together(value)).view(rows, heads, tokens, width).transpose(1, 2).contiguous(), None
 
+
+# %% ../nbs/05_speed.ipynb #0cfcc1ea
 def use_grouped_attention(model)->bool:
     """Let a model compute its attention in groups, if it lets the kernel be chosen; returns whether it does.
 
@@ -166,6 +168,8 @@ def _product():
             return _keep(grad @ (weight*ctx.scale).to(grad.dtype), mask), for_weight, None
     return DroppedProduct
 
+
+# %% ../nbs/05_speed.ipynb #ad767f79
 @cache
 def _adapter_classes():
     import torch
@@ -305,6 +309,8 @@ def _rounded_class():
             return out if self.bias is None else out + self.bias
     return RoundedLinear
 
+
+# %% ../nbs/05_speed.ipynb #d8662c28
 def gain_of_8_bits(dtype, size:tuple=(16000, 2048), copies:int=8, repeats:int=4)->float:
     """How many times as fast this machine reads weights in 8 bits, a token at a time, timed here and now; 0 where it has no such products.
 
@@ -312,18 +318,14 @@ def gain_of_8_bits(dtype, size:tuple=(16000, 2048), copies:int=8, repeats:int=4)
     - `size`: rows and columns of a matrix.
     - `copies`: matrices read one after the other; together too large for a cache, as a model is.
     - `repeats`: of which the best counts."""
-    import torch, time
+    import torch
     if not can_round(): return 0.
     layer, x, best = torch.nn.utils.skip_init(torch.nn.Linear, size[1], size[0], bias=False, dtype=dtype), torch.ones(1, size[1], dtype=dtype), []
     torch.nn.init.constant_(layer.weight, 0.02)
     with torch.inference_mode():
         for way in (_packed_class() if can_pack(dtype) else copy.deepcopy, _rounded_class()):
-            layers, took = [way(layer) for _ in range(copies)], []
-            for _ in range(repeats):
-                t = time.perf_counter()
-                for l in layers: l(x)
-                took.append(time.perf_counter() - t)
-            best.append(min(took))
+            layers = [way(layer) for _ in range(copies)]
+            best.append(best_seconds(lambda: [l(x) for l in layers], repeats))
     return best[0]/best[1]
 
 
@@ -338,12 +340,11 @@ def pack_weights(model, bits:int=16):
     Raises `SocraticError` if it is to be 8 bits and torch has no such products here."""
     import torch
     if bits == 8 and not can_round(): raise SocraticError('quantize="8bit": torch has no 8-bit products for this processor: use quantize="none"')
-    embedding = model.get_input_embeddings().weight
+    embedding, form = model.get_input_embeddings().weight, _rounded_class() if bits == 8 else _packed_class()
     for name, layer in list(model.named_modules()):
-        if type(layer) is not torch.nn.Linear or 'lora_' in name or layer.weight is embedding: continue
-        if bits == 16 and not can_pack(layer.weight.dtype): continue
+        if type(layer) is not torch.nn.Linear or 'lora_' in name or layer.weight is embedding or not (bits == 8 or can_pack(layer.weight.dtype)): continue
         parent, _, last = name.rpartition('.')
-        setattr(model.get_submodule(parent), last, (_rounded_class() if bits == 8 else _packed_class())(layer))
+        setattr(model.get_submodule(parent), last, form(layer))
         _let_go(layer.weight)
     return model
 

@@ -60,21 +60,24 @@ def _trained_for(adapter, settings):
         raise SocraticError(f'the adapter in {adapter} was trained on {base!r}, not on {settings.base_model!r}: give it its own base with base_model={base!r}')
 
 SMALL = 2**28   # bytes of a model that may have copies beside it, plain and merged: for those, an adapter's many small steps cost more than its arithmetic
+WORTH = 1.3     # times as fast that 8 bits must be in a chat, for they round
+
+def _small(model): return sum(p.nbytes for p in model.parameters()) < SMALL
 
 def _for_replies(models, settings, streaming):
     "Bring models on a CPU into the form in which they are read soonest; returns a sentence if that is one that rounds."
     first, *_ = models
     if first.device.type != 'cpu': return ''
-    small, dtype = sum(p.nbytes for p in first.parameters()) < SMALL, first.get_input_embeddings().weight.dtype
-    gain = gain_of_8_bits(dtype) if settings.quantize == 'auto' and streaming and not small else 0.
+    tried = settings.quantize == 'auto' and streaming and not _small(first)
+    gain = gain_of_8_bits(first.get_input_embeddings().weight.dtype) if tried else 0.
     eight = settings.quantize == '8bit' or gain >= WORTH
     for m in models: pack_weights(m, 8 if eight else 16)
     if not eight: return ''
     why = 'as asked' if settings.quantize == '8bit' else f'which this machine reads {gain:.1f} times as fast; quantize=none keeps them whole'
     return f'Replies come from weights in 8 bits, {why}.'
 
-WORTH = 1.3   # times as fast that 8 bits must be in a chat, for they round
 
+# %% ../nbs/07_tutor.ipynb #75e38969
 def load_tutor(settings:Settings, adapter:str|Path|None=None, streaming:bool=False)->Tutor:
     """Load a base model once, with or without an adapter.
 
@@ -96,12 +99,11 @@ def load_tutor(settings:Settings, adapter:str|Path|None=None, streaming:bool=Fal
     set_chat_format(tokenizer, settings.chat_format)
     if learned not in (None, tokenizer.chat_template):
         warnings.warn(f'the adapter in {adapter} was trained with another chat template than chat_format={settings.chat_format!r}: its replies may be a mess', stacklevel=2)
-    warnings.filterwarnings('ignore', message='.*gradient_checkpointing.*', category=FutureWarning)   # PEFT still uses the old name
     try: tuned = PeftModel.from_pretrained(model, adapter)
     except RuntimeError as e:
         raise SocraticError(f'the adapter in {adapter} does not fit {settings.base_model}: {str(e).splitlines()[-1].strip()}') from None
-    small, copies = sum(p.nbytes for p in tuned.parameters()) < SMALL, {}
-    if small: copies = dict(base=copy.deepcopy(tuned).unload().eval(), tuned=copy.deepcopy(tuned).merge_and_unload().eval())
+    copies = {}
+    if _small(tuned): copies = dict(base=copy.deepcopy(tuned).unload().eval(), tuned=copy.deepcopy(tuned).merge_and_unload().eval())
     return Tutor(tuned, tokenizer, settings, copies, _for_replies([*copies.values()] or [tuned], settings, streaming))
 
 Tutor.load = staticmethod(load_tutor)
@@ -125,6 +127,8 @@ def _sampler(temperature, top_p, repetition_penalty, seed, device):
         return int(torch.multinomial(scores.softmax(-1), 1, generator=generator) if temperature else scores.argmax())
     return pick
 
+
+# %% ../nbs/07_tutor.ipynb #daca1b8c
 def stream_ids(tutor:Tutor, prompt:list[int], arm:str, pick, max_new_tokens:int):
     """Yield the ids of a reply one by one, until the end of the turn or the limit.
 
@@ -202,6 +206,8 @@ def reply_batch(self:Tutor, conversations:list, arm:str='tuned', progress=None, 
         if progress: progress(len(picked))
     return replies
 
+
+# %% ../nbs/07_tutor.ipynb #d16cb4b8
 def _continue(self:Tutor, model, prompts, limit):
     "What a model writes after each of some prompts; what they all begin with is read once."
     import torch
