@@ -84,7 +84,7 @@ class Settings(BaseModel):
 # %% ../nbs/00_config.ipynb #eac2e12c
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
-                   dtype='float32', opening='named', n=1000, max_new_tokens=96,
+                   device='cpu', dtype='float32', opening='named', n=1000, max_new_tokens=96,
                    lora_dropout=0., learning_rate=4e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEAL', 'find_base', 'load_base', 'add_adapter', 'encode_rows', 'split_rows', 'LengthGroups', 'training_arguments',
            'trainer_class', 'make_trainer', 'prompt_of', 'peak_memory', 'estimate', 'in_time', 'fingerprint', 'seal',
-           'is_whole', 'resume_point', 'disk_in_words', 'save_adapter', 'is_main', 'meet', 'main_first', 'shared',
+           'is_whole', 'resume_point', 'shortage_in_words', 'save_adapter', 'is_main', 'meet', 'main_first', 'shared',
            'finetune', 'plot_loss']
 
 # %% ../nbs/06_finetune.ipynb #0bc6bb39
@@ -226,10 +226,24 @@ def trainer_class():
 
 
 # %% ../nbs/06_finetune.ipynb #f1ne0001
+def _at_once(model, tokenizer, train, settings):
+    "Settings whose steps are the same in fewer passes: on a GPU, in as few as its memory holds rows for, judging by the longest."
+    import torch
+    if model.device.type != 'cuda' or settings.accumulation == 1: return settings
+    torch.cuda.reset_peak_memory_stats()
+    before, longest = torch.cuda.memory_allocated(), sorted(train, key=lambda e: e['length'])[-settings.batch_size:]
+    model.train()(**{k: v.to(model.device) for k, v in collate(longest, tokenizer.pad_token_id).items()}, use_cache=False).loss.backward()
+    each = torch.cuda.max_memory_allocated() - before
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    times = max((n for n in range(2, settings.accumulation + 1) if settings.accumulation % n == 0 and n*each < 0.8*torch.cuda.mem_get_info()[0]), default=1)
+    times = shared(times)
+    return settings.model_copy(update=dict(batch_size=settings.batch_size*times, accumulation=settings.accumulation//times))
+
 def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:Settings, folder:str|Path, device:str, callbacks:tuple=()):
     """A trainer, ready to go.
 
-    - `model`: a PEFT model.
+    - `model`: a PEFT model; its adapters are sped up.
     - `tokenizer`: of the model.
     - `train`, `valid`: encoded rows; with no rows in `valid` there is no validation.
     - `settings`: training dials.
@@ -243,14 +257,16 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     if not valid and settings.early_stop:
         raise SocraticError(f'early_stop={settings.early_stop} needs validation rows, and these {len(train)} leave none: '
                             'mark some with split="validation", give a hundred or more, or use early_stop=0')
+    settings = _at_once(speed_up_adapters(model), tokenizer, train, settings)
     args = training_arguments(settings, folder, device, half=model.dtype == torch.float16)
     if not valid: args.eval_strategy = 'no'
     table = lambda rows: Dataset.from_list([{k: e[k] for k in ('input_ids', 'labels', 'length')} for e in rows])
-    packed = can_pack_rows(model)
+    packed = device == 'cpu' and can_pack_rows(model)
     trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None,
                               processing_class=tokenizer, callbacks=list(callbacks),
                               data_collator=pack if packed else lambda batch: collate(batch, tokenizer.pad_token_id))
-    trainer.batch, trainer.parts = settings.batch_size, settings.accumulation if packed else 1
+    together = (1, settings.accumulation) if packed else (settings.accumulation, 1)   # padding is least where all rows of a step are of like length
+    trainer.batch, trainer.parts = settings.batch_size*together[0], together[1]
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # TRL puts the adapter of a 4-bit base into bfloat16, which loses small updates
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'PrinterCallback'))
@@ -411,13 +427,17 @@ def resume_point(folder:str|Path|None, mark:str, report=print)->str|None:
 
 # %% ../nbs/06_finetune.ipynb #f1ne0004
 @contextmanager
-def disk_in_words(folder:str|Path):
-    """Where a library fails because the disk is full, say so.
+def shortage_in_words(folder:str|Path):
+    """Where a library fails because the disk or the memory of a GPU is full, say so.
 
     - `folder`: what is being written to.
 
     Raises `SocraticError` instead of whatever the library says; other errors pass."""
+    import torch
     try: yield
+    except torch.OutOfMemoryError:
+        raise SocraticError('the memory of the GPU is full: halve batch_size and double accumulation, which is the same training; '
+                            'where that is not enough, use quantize="4bit", a smaller base_model, or device="cpu"') from None
     except (OSError, RuntimeError, SafetensorError) as e:
         full = r'No space left|StorageFull|os error 28|PytorchStreamWriter|unexpected pos'   # the last two are how torch says it
         if getattr(e, 'errno', None) != errno.ENOSPC and not re.search(full, str(e)): raise
@@ -506,12 +526,11 @@ def _train(model, tokenizer, train, valid, settings, folder, start, report):
     from transformers.trainer_utils import set_seed
     set_seed(settings.seed)
     model, device = add_adapter(model, settings), model.device.type
-    if device == 'cpu': speed_up_adapters(model)
     tokens, steps = settings.epochs*sum(e['length'] for e in train), settings.epochs*math.ceil(len(train)/(settings.batch_size*settings.accumulation))
     trainer = make_trainer(model, tokenizer, train, valid, settings, folder, device, _callbacks(model, tokenizer, valid, settings, tokens/steps))
     begun = int(Path(start).name.rpartition('-')[2]) if start else 0
-    time_, memory = estimate(trainer, train, valid, settings, 1 - begun/steps)
-    report(f'about {in_time(time_)} and {memory:.1f} GB, judging by two batches')
+    (time_, memory), at_once = estimate(trainer, train, valid, settings, 1 - begun/steps), trainer.args.per_device_train_batch_size*trainer.args.world_size
+    report(f'about {in_time(time_)} and {memory:.1f} GB, judging by two batches' + (f' of {at_once} rows' if at_once != settings.batch_size else ''))
     set_seed(settings.seed)   # so that training does not depend on what the estimate has drawn
     t = time.time()
     trainer.train(resume_from_checkpoint=start)
@@ -531,14 +550,14 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
 
     Returns `seconds`, `steps`, `tokens`, `tokens_per_second`, `trainable`, `memory_gb` (the process's peak), `dropped`, `asked` (the prompt of the
     sample replies) and `log`, a list of dicts with `step` and `loss`, `eval_loss` or `reply`; with `early_stop` also `best_step`, of the adapter.
-    Raises `SocraticError` if there is nothing to train on, the loss is no number any more, or the disk is full."""
+    Raises `SocraticError` if there is nothing to train on, the loss is no number any more, or disk or GPU memory are full."""
     meet(settings.device)
     if not is_main(): report = lambda *_: None
     device, dtype, why = shared(choose_device(settings))
     model, tokenizer = load_base(settings.model_copy(update=dict(device=device.type, dtype=str(dtype).removeprefix('torch.'))))
     encoded, dropped = encode_rows(rows, tokenizer, settings.max_length)
     train, valid = split_rows(encoded, 0.05, settings.seed)
-    with tempfile.TemporaryDirectory() as tmp, disk_in_words(checkpoints or folder):
+    with tempfile.TemporaryDirectory() as tmp, shortage_in_words(checkpoints or folder):
         with main_first(): start = resume_point(checkpoints, fingerprint(settings, encoded, model), report)
         report(_told(why, train, valid, dropped, start))
         trainer, seconds, begun = _train(model, tokenizer, train, valid, settings, checkpoints or shared(tmp), start, report)

@@ -266,7 +266,8 @@ def adapter_settings(adapter:str|Path, **changes)->Settings:
         raise SocraticError(f'{adapter} holds no adapter (no adapter_config.json): train one with `socratic train --output_dir {adapter}`')
     if (adapter/'training.json').is_file():
         kept = json.loads((adapter/'training.json').read_text(encoding='utf8'))['settings']
-        return settings_for(kept['profile'], **{**{k: v for k, v in kept.items() if k != 'profile' and k in Settings.model_fields}, **asked})
+        here = ('device', 'dtype', 'quantize')   # this machine's affair: the adapter may have been trained on a GPU that is not here
+        return settings_for(kept['profile'], **{**{k: v for k, v in kept.items() if k in Settings.model_fields and k not in ('profile', *here)}, **asked})
     base = json.loads((adapter/'adapter_config.json').read_text(encoding='utf8'))['base_model_name_or_path']
     return settings_for(profile_for(base), **{'base_model': base, **asked})
 

@@ -178,8 +178,8 @@ def _adapter_classes():
         p = 0.
         def forward(self, x):
             p = self.p if self.training else 0.
-            if not p and x.dtype is self.weight.dtype: return torch.nn.functional.linear(x, self.weight)   # nothing to save
-            return _product().apply(x, self.weight, p)
+            if x.device.type == 'cpu' and (p or x.dtype is not self.weight.dtype): return _product().apply(x, self.weight, p)
+            return torch.nn.functional.linear(torch.nn.functional.dropout(x, p), self.weight.to(x.dtype))
 
     class Up(torch.nn.Linear):
         "An adapter's second matrix."
@@ -191,7 +191,7 @@ def _adapter_classes():
 def speed_up_adapters(model):
     """Let a PEFT model's LoRA layers compute in the format of their inputs, and drop inputs cheaply; weights, names and files stay as they are.
 
-    - `model`: a PEFT model on a CPU; changed in place, and returned.
+    - `model`: a PEFT model; changed in place, and returned. Elsewhere than on a CPU torch drops the inputs.
 
     Raises `SocraticError` if it has no LoRA layer."""
     import torch
@@ -201,6 +201,7 @@ def speed_up_adapters(model):
     for layer in layers:
         layer.cast_input_dtype_enabled = False
         for name, down in layer.lora_A.items():
+            if type(down) is Down: continue   # done before: its dropout is its own already
             down.p, down.__class__, layer.lora_B[name].__class__ = getattr(layer.lora_dropout[name], 'p', 0.), Down, Up
             layer.lora_dropout[name] = torch.nn.Identity()
     return model

@@ -67,7 +67,9 @@ def _small(model): return sum(p.nbytes for p in model.parameters()) < SMALL
 def _for_replies(models, settings, streaming):
     "Bring models on a CPU into the form in which they are read soonest; returns a sentence if that is one that rounds."
     first, *_ = models
-    if first.device.type != 'cpu': return ''
+    if first.device.type != 'cpu':
+        if settings.quantize == '8bit': raise SocraticError(f'quantize="8bit" is for replies on a CPU, and the device here is {first.device.type}: use quantize="none", or device="cpu"')
+        return ''
     tried = settings.quantize == 'auto' and streaming and not _small(first)
     gain = gain_of_8_bits(first.get_input_embeddings().weight.dtype) if tried else 0.
     eight = settings.quantize == '8bit' or gain >= WORTH

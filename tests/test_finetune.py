@@ -66,7 +66,7 @@ def rows(n=24, split=False):
 
 
 def settings(tiny, **changes):
-    return settings_for('tinyllama', base_model=str(tiny), **{**dict(dtype='float32', epochs=5, batch_size=4, accumulation=1, max_new_tokens=8, samples=0), **changes})
+    return settings_for('tinyllama', base_model=str(tiny), **{**dict(device='cpu', dtype='float32', epochs=5, batch_size=4, accumulation=1, max_new_tokens=8, samples=0), **changes})
 
 
 def quiet(_): pass
@@ -169,7 +169,7 @@ def test_rows_without_a_reply_are_counted_and_named(tiny, tmp_path):
 
 @pytest.mark.parametrize('chat_format', ['base', 'llama2'])
 def test_from_checkpoint_to_reply(tiny, tmp_path, chat_format):
-    made = settings_for('tinyllama', base_model=str(tiny), chat_format=chat_format, epochs=2, max_new_tokens=8)
+    made = settings_for('tinyllama', base_model=str(tiny), device='cpu', chat_format=chat_format, epochs=2, max_new_tokens=8)
     lines = []
     out = f.finetune(made, rows(40, split=True), tmp_path/'adapter', report=lines.append)
     assert out['steps'] == 4 and len([h for h in out['log'] if 'eval_loss' in h]) == 2
@@ -187,7 +187,7 @@ def test_a_large_model_is_chatted_with_in_8_bits_where_they_are_faster(tiny, mon
     from socratic_finetune.speed import can_round
     if not can_round(): pytest.skip('this torch has no products with 8-bit weights')
     rounded = lambda tutor: any(type(m).__name__ == 'RoundedLinear' for m in tutor.model.modules())
-    made, gain = settings_for('tinyllama', base_model=str(tiny), dtype='bfloat16', max_new_tokens=4), [2.]
+    made, gain = settings_for('tinyllama', base_model=str(tiny), device='cpu', dtype='bfloat16', max_new_tokens=4), [2.]
     monkeypatch.setattr(t, 'gain_of_8_bits', lambda dtype: gain[0])
     assert not rounded(Tutor.load(made, streaming=True))                                  # a small one has nothing to gain
     monkeypatch.setattr(t, 'SMALL', 0)
@@ -238,7 +238,6 @@ def a_trainer(tiny, tmp_path, **changes):
 
 def test_adapter_and_optimiser_are_float32_on_a_bfloat16_base(tiny, tmp_path):
     trainer, model = a_trainer(tiny, tmp_path, dtype='bfloat16', epochs=1)
-    f.speed_up_adapters(trainer.model)
     trainer.train()
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

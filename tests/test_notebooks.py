@@ -20,7 +20,7 @@ sys.exit(not ok)
 @pytest.mark.parametrize('name', NOTEBOOKS)
 def test_notebook(name, tmp_path):
     (tmp_path/'runs').mkdir()
-    env = {**os.environ, 'SOCRATIC_RUNS': str(tmp_path/'runs'), 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'agg', 'TOKENIZERS_PARALLELISM': 'false',
+    env = {**os.environ, 'SOCRATIC_RUNS': str(tmp_path/'runs'), 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'agg', 'TOKENIZERS_PARALLELISM': 'false', 'CUDA_VISIBLE_DEVICES': '',
            'IPYTHONDIR': str(tmp_path/'ipython')}
     for key in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'): env.pop(key, None)
     done = subprocess.run([sys.executable, '-c', EXECUTE, str(ROOT/'nbs'/name)], cwd=ROOT/'nbs', env=env, capture_output=True, text=True, timeout=900)
