@@ -433,12 +433,11 @@ def shortage_in_words(folder:str|Path):
     - `folder`: what is being written to.
 
     Raises `SocraticError` instead of whatever the library says; other errors pass."""
-    import torch
     try: yield
-    except torch.OutOfMemoryError:
-        raise SocraticError('the memory of the GPU is full: halve batch_size and double accumulation, which is the same training; '
-                            'where that is not enough, use quantize="4bit", a smaller base_model, or device="cpu"') from None
     except (OSError, RuntimeError, SafetensorError) as e:
+        if type(e).__name__ == 'OutOfMemoryError' or 'STATUS_ALLOC_FAILED' in str(e): raise SocraticError(
+            'the memory of the GPU is full: halve batch_size and double accumulation, which is the same training; '
+            'where that is not enough, use quantize="4bit", a smaller base_model, or device="cpu"') from None
         full = r'No space left|StorageFull|os error 28|PytorchStreamWriter|unexpected pos'   # the last two are how torch says it
         if getattr(e, 'errno', None) != errno.ENOSPC and not re.search(full, str(e)): raise
         raise SocraticError(f'No space left on the disk of {folder}: '
@@ -554,10 +553,10 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
     meet(settings.device)
     if not is_main(): report = lambda *_: None
     device, dtype, why = shared(choose_device(settings))
-    model, tokenizer = load_base(settings.model_copy(update=dict(device=device.type, dtype=str(dtype).removeprefix('torch.'))))
-    encoded, dropped = encode_rows(rows, tokenizer, settings.max_length)
-    train, valid = split_rows(encoded, 0.05, settings.seed)
     with tempfile.TemporaryDirectory() as tmp, shortage_in_words(checkpoints or folder):
+        model, tokenizer = load_base(settings.model_copy(update=dict(device=device.type, dtype=str(dtype).removeprefix('torch.'))))
+        encoded, dropped = encode_rows(rows, tokenizer, settings.max_length)
+        train, valid = split_rows(encoded, 0.05, settings.seed)
         with main_first(): start = resume_point(checkpoints, fingerprint(settings, encoded, model), report)
         report(_told(why, train, valid, dropped, start))
         trainer, seconds, begun = _train(model, tokenizer, train, valid, settings, checkpoints or shared(tmp), start, report)

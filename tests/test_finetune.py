@@ -387,6 +387,11 @@ def test_a_full_disk_while_the_adapter_is_saved_leaves_no_half_one(tiny, tmp_pat
     finish(tiny, tmp_path, undisturbed)
 
 
+def test_a_full_gpu_is_said_in_words():
+    for error in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')):
+        with pytest.raises(SocraticError, match='memory of the GPU is full: halve batch_size'), f.shortage_in_words('runs'): raise error
+
+
 # --- more than one process ---------------------------------------------------------------------------------------------
 
 def test_two_processes_take_the_steps_of_one(tiny, tmp_path, undisturbed):
