@@ -74,6 +74,7 @@ class Settings(BaseModel):
     accumulation: int = Field(4, ge=1, description='forward passes per optimiser step')
     max_grad_norm: float = Field(0.3, gt=0, description='gradients are clipped to this norm')
     max_length: int = Field(512, ge=16, description='tokens per training row; longer rows are cut')
+    pass_tokens: int = Field(768, ge=16, description='on a CPU, tokens of a step that go through the model at once, about; memory grows with them')
     early_stop: int = Field(0, ge=0, description='stop after so many looks at the validation loss, ten in all, that found it no lower; 0: never')
     samples: int = Field(3, ge=0, description='replies to a validation question, written down on the way through training; 0: none')
     # replies and evaluation
@@ -85,13 +86,13 @@ class Settings(BaseModel):
 PROFILES = {
     'pocket': dict(base_model='pocket', chat_format='base', teacher='embedded', judge='embedded',
                    device='cpu', dtype='float32', opening='named', n=1000, max_new_tokens=96,
-                   lora_dropout=0., learning_rate=4e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3),
+                   lora_dropout=0., learning_rate=4e-3, epochs=1, batch_size=8, accumulation=1, max_grad_norm=0.3, pass_tokens=4096),
     'tinyllama': dict(base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0', chat_format='llama2', teacher='openai', judge='openai', n=1500),
 }
 
 HOW = ('workers', 'max_cost', 'requests_per_minute', 'tokens_per_minute', 'api_cache', 'samples')
 TRAINING = ('lora_r', 'lora_alpha', 'lora_dropout', 'target_modules', 'learning_rate', 'warmup', 'epochs', 'batch_size', 'accumulation',
-            'max_grad_norm', 'max_length', 'early_stop')
+            'max_grad_norm', 'max_length', 'pass_tokens', 'early_stop')
 
 def settings_for(profile:str='pocket', **changes)->Settings:
     """Settings of a profile, with some fields changed; a change of None keeps the profile's default.

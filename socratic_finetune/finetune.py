@@ -12,6 +12,7 @@ __all__ = ['SEAL', 'find_base', 'load_base', 'add_adapter', 'encode_rows', 'spli
 import errno, json, math, os, random, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
+from itertools import accumulate
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from .config import HOW, Run, Settings, SocraticError, choose_device, data_path, settings_for, versions, write_atomic
 from .generate import read_rows
 from .prompting import collate, encode, set_chat_format
-from .speed import can_pack_rows, pack, speed_up_adapters, summed_loss, use_grouped_attention
+from .speed import can_pack_rows, pack, pack_passes, slice_layers, speed_up_adapters, summed_loss, use_grouped_attention
 
 # %% ../nbs/06_finetune.ipynb #ed0a18f6
 def find_base(name:str)->str:
@@ -132,10 +133,9 @@ class LengthGroups:
 
     - `lengths`: tokens of each row.
     - `size`: rows in a batch; rows that fill none come last.
-    - `seed`: decides the order, together with the epoch.
-    - `parts`: batches in a step, if its rows are to be dealt out among them so that all have about as many tokens; 1 leaves the batches as they are."""
-    def __init__(self, lengths:list[int], size:int, seed:int, parts:int=1):
-        self.lengths, self.size, self.seed, self.parts, self.epoch = lengths, size, seed, parts, 0
+    - `seed`: decides the order, together with the epoch."""
+    def __init__(self, lengths:list[int], size:int, seed:int):
+        self.lengths, self.size, self.seed, self.epoch = lengths, size, seed, 0
 
     def __len__(self): return len(self.lengths)
     def set_epoch(self, epoch:int): self.epoch = epoch   # the trainer calls it, also when it goes on from a checkpoint
@@ -147,16 +147,7 @@ class LengthGroups:
         rows, last = sorted(rows[rest:], key=self.lengths.__getitem__), rows[:rest]
         batches = [rows[i:i+self.size] for i in range(0, len(rows), self.size)]
         rng.shuffle(batches)
-        for i in range(0, len(batches), self.parts): yield from self._dealt(batches[i:i+self.parts])
-        yield from last
-
-    def _dealt(self, batches):
-        "The rows of some batches, the longest first, each to the batch that has fewest tokens and room."
-        if len(batches) == 1: return batches[0]
-        hands = [[] for _ in batches]
-        for i in sorted((i for b in batches for i in b), key=self.lengths.__getitem__, reverse=True):
-            min((h for h in hands if len(h) < self.size), key=lambda h: sum(self.lengths[j] for j in h)).append(i)
-        return [i for h in hands for i in h]
+        yield from (i for batch in [*batches, last] for i in batch)
 
 
 # %% ../nbs/06_finetune.ipynb #76773f76
@@ -204,10 +195,19 @@ def trainer_class():
 
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, *_):
-            return LengthGroups(self.train_dataset['length'], self.batch, self.args.seed, self.parts)
+            return LengthGroups(self.train_dataset['length'], self.batch, self.args.seed)
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if 'packs' not in inputs: return super().training_step(model, inputs, num_items_in_batch)
+            items = (inputs['labels'] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            return sum(super(Trainer, self).training_step(model, p, items) for p in inputs['packs'])
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             "The mean loss of the tokens that bear any; of those of all devices and accumulated batches, where `num_items_in_batch` counts them."
+            if 'packs' in inputs:
+                found = [self.compute_loss(model, p, True, (inputs['labels'] != -100).sum()) for p in inputs['packs']]
+                loss = sum(loss for loss, _ in found)
+                return (loss, found[-1][1]) if return_outputs else loss
             labels = inputs['labels'][:, 1:]
             places = (labels != -100).any(0).nonzero().squeeze(1)
             outputs = model(**{k: v for k, v in inputs.items() if k != 'labels'}, use_cache=False, logits_to_keep=places)
@@ -226,9 +226,10 @@ def trainer_class():
 
 
 # %% ../nbs/06_finetune.ipynb #f1ne0001
-def _at_once(model, tokenizer, train, settings):
-    "Settings whose steps are the same in fewer passes: on a GPU, in as few as its memory holds rows for, judging by the longest."
+def _at_once(model, tokenizer, train, settings, packed):
+    "Settings whose steps are the same in fewer batches: in one if it is packed in passes, on a GPU in as few as its memory holds rows for, judging by the longest."
     import torch
+    if packed: return settings.model_copy(update=dict(batch_size=settings.batch_size*settings.accumulation, accumulation=1))
     if model.device.type != 'cuda' or settings.accumulation == 1: return settings
     torch.cuda.reset_peak_memory_stats()
     before, longest = torch.cuda.memory_allocated(), sorted(train, key=lambda e: e['length'])[-settings.batch_size:]
@@ -243,7 +244,7 @@ def _at_once(model, tokenizer, train, settings):
 def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:Settings, folder:str|Path, device:str, callbacks:tuple=()):
     """A trainer, ready to go.
 
-    - `model`: a PEFT model; its adapters are sped up.
+    - `model`: a PEFT model; its layers are sped up.
     - `tokenizer`: of the model.
     - `train`, `valid`: encoded rows; with no rows in `valid` there is no validation.
     - `settings`: training dials.
@@ -257,16 +258,19 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     if not valid and settings.early_stop:
         raise SocraticError(f'early_stop={settings.early_stop} needs validation rows, and these {len(train)} leave none: '
                             'mark some with split="validation", give a hundred or more, or use early_stop=0')
-    settings = _at_once(speed_up_adapters(model), tokenizer, train, settings)
+    packed, group = device == 'cpu' and can_pack_rows(speed_up_adapters(model)), settings.batch_size
+    passes = packed and int(os.environ.get('WORLD_SIZE', 1)) == 1   # of several processes each has to take as many as the others
+    if not packed: group *= settings.accumulation                   # padding is least where all rows of a step are of like length
+    if device == 'cpu': slice_layers(model)
+    settings = _at_once(model, tokenizer, train, settings, passes)
     args = training_arguments(settings, folder, device, half=model.dtype == torch.float16)
     if not valid: args.eval_strategy = 'no'
     table = lambda rows: Dataset.from_list([{k: e[k] for k in ('input_ids', 'labels', 'length')} for e in rows])
-    packed = device == 'cpu' and can_pack_rows(model)
     trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None,
                               processing_class=tokenizer, callbacks=list(callbacks),
-                              data_collator=pack if packed else lambda batch: collate(batch, tokenizer.pad_token_id))
-    together = (1, settings.accumulation) if packed else (settings.accumulation, 1)   # padding is least where all rows of a step are of like length
-    trainer.batch, trainer.parts = settings.batch_size*together[0], together[1]
+                              data_collator=partial(pack_passes, limit=settings.pass_tokens) if passes else pack if packed else
+                              lambda batch: collate(batch, tokenizer.pad_token_id))
+    trainer.batch = group
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # TRL puts the adapter of a 4-bit base into bfloat16, which loses small updates
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'PrinterCallback'))
@@ -356,10 +360,13 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
     - `settings`: training dials.
     - `share`: of the training that is still to do."""
     import torch
-    rows, size, args = sorted(train, key=lambda e: e['length']), trainer.args.per_device_train_batch_size, trainer.args
-    middle, device = max(0, len(rows)//2 - size//2), trainer.model.device.type
+    rows, args, device = sorted(train, key=lambda e: -e['length']), trainer.args, trainer.model.device.type
+    def filled(rows):
+        "As many rows as go through the model at once."
+        fit = sum(t <= settings.pass_tokens for t in accumulate(e['length'] for e in rows)) if device == 'cpu' else len(rows)
+        return rows[:max(1, min(fit, args.per_device_train_batch_size))]
     trainer.model.train()
-    for batch in (rows[-size:], rows[middle:middle+size]):
+    for batch in (filled(rows), filled(rows[len(rows)//2:])):
         t = time.perf_counter()
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(batch)))
@@ -529,7 +536,7 @@ def _train(model, tokenizer, train, valid, settings, folder, start, report):
     trainer = make_trainer(model, tokenizer, train, valid, settings, folder, device, _callbacks(model, tokenizer, valid, settings, tokens/steps))
     begun = int(Path(start).name.rpartition('-')[2]) if start else 0
     (time_, memory), at_once = estimate(trainer, train, valid, settings, 1 - begun/steps), trainer.args.per_device_train_batch_size*trainer.args.world_size
-    report(f'about {in_time(time_)} and {memory:.1f} GB, judging by two batches' + (f' of {at_once} rows' if at_once != settings.batch_size else ''))
+    report(f'about {in_time(time_)} and {memory:.1f} GB, judging by two batches' + (f' of {at_once} rows' if device == 'cuda' else ''))
     set_seed(settings.seed)   # so that training does not depend on what the estimate has drawn
     t = time.time()
     trainer.train(resume_from_checkpoint=start)

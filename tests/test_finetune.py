@@ -443,12 +443,14 @@ def test_replies_on_the_way_are_in_the_log_and_change_nothing(tiny, tmp_path, un
 
 
 def test_early_stopping_keeps_the_best_adapter(tiny, tmp_path):
-    made = settings(tiny, early_stop=2, learning_rate=0.3, max_grad_norm=100., epochs=10, warmup=0.)   # far too fast: validation loss soon rises
-    out = f.finetune(made, rows(split=True), tmp_path/'adapter', report=quiet)
+    strange = dict(role='assistant', content='zq xj vk '*4)   # what is learned from the others makes these replies less likely
+    some = [r if r['split'] == 'train' else r | dict(messages=[r['messages'][0], strange]) for r in rows(split=True)]
+    made = settings(tiny, early_stop=2, learning_rate=3e-2, epochs=10, warmup=0.)
+    out = f.finetune(made, some, tmp_path/'adapter', report=quiet)
     looks = {h['step']: h['eval_loss'] for h in out['log'] if 'eval_loss' in h}
     assert out['steps'] < 50 and out['best_step'] == min(looks, key=looks.get) and list(looks).index(out['best_step']) == len(looks) - 3
     base, tok = f.load_base(made)
-    batch = collate([e for e in f.encode_rows(rows(split=True), tok, 512)[0] if e['split'] == 'validation'], tok.pad_token_id)
+    batch = collate([e for e in f.encode_rows(some, tok, 512)[0] if e['split'] == 'validation'], tok.pad_token_id)
     with torch.no_grad(): loss = PeftModel.from_pretrained(base, tmp_path/'adapter')(**batch).loss.item()
     assert loss == pytest.approx(looks[out['best_step']], rel=1e-3)
     with pytest.raises(SocraticError, match='early_stop=2 needs validation rows, and these 8 leave none'): f.finetune(made, rows(8), tmp_path/'none', report=quiet)
