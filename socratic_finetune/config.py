@@ -74,7 +74,7 @@ class Settings(BaseModel):
     accumulation: int = Field(4, ge=1, description='forward passes per optimiser step')
     max_grad_norm: float = Field(0.3, gt=0, description='gradients are clipped to this norm')
     max_length: int = Field(512, ge=16, description='tokens per training row; longer rows are cut')
-    pass_tokens: int = Field(768, ge=16, description='on a CPU, tokens of a step that go through the model at once, about; memory grows with them')
+    pass_tokens: int = Field(640, ge=16, description='on a CPU, tokens of a step that go through the model at once, about; memory grows with them')
     early_stop: int = Field(0, ge=0, description='stop after so many looks at the validation loss, ten in all, that found it no lower; 0: never')
     samples: int = Field(3, ge=0, description='replies to a validation question, written down on the way through training; 0: none')
     # replies and evaluation
