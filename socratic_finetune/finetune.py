@@ -226,6 +226,8 @@ def trainer_class():
 
 
 # %% ../nbs/06_finetune.ipynb #f1ne0001
+def _steps(train, settings): return math.ceil(settings.epochs*math.ceil(len(train)/(settings.batch_size*settings.accumulation)))
+
 def _at_once(model, tokenizer, train, settings, packed):
     "Settings whose steps are the same in fewer batches: in one if it is packed in passes, on a GPU in as few as its memory holds rows for, judging by the longest."
     import torch
@@ -265,6 +267,8 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     settings = _at_once(model, tokenizer, train, settings, passes)
     args = training_arguments(settings, folder, device, half=model.dtype == torch.float16)
     if not valid: args.eval_strategy = 'no'
+    for key in ('save_steps', 'eval_steps'):   # in numbers, as checkpoints note them, else each resumed training is warned of a difference
+        if getattr(args, key): setattr(args, key, max(1, math.ceil(getattr(args, key)*_steps(train, settings))))
     table = lambda rows: Dataset.from_list([{k: e[k] for k in ('input_ids', 'labels', 'length')} for e in rows])
     trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None,
                               processing_class=tokenizer, callbacks=list(callbacks),
@@ -374,7 +378,7 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
         if device == 'cuda': torch.cuda.synchronize()
         seconds = (time.perf_counter() - t)/sum(e['length'] for e in batch)
     trainer.model.zero_grad(set_to_none=True)
-    looks = 1/args.eval_steps if args.eval_steps else settings.epochs
+    looks = _steps(train, settings)/args.eval_steps if args.eval_steps else settings.epochs
     tokens = settings.epochs*sum(e['length'] for e in train) + looks*sum(e['length'] for e in valid)/2   # no way back costs half
     moments = 8*sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)   # AdamW keeps two numbers for each weight
     return share*tokens*seconds/args.world_size, peak_memory(device) + moments/1e9
@@ -532,7 +536,7 @@ def _train(model, tokenizer, train, valid, settings, folder, start, report):
     from transformers.trainer_utils import set_seed
     set_seed(settings.seed)
     model, device = add_adapter(model, settings), model.device.type
-    tokens, steps = settings.epochs*sum(e['length'] for e in train), settings.epochs*math.ceil(len(train)/(settings.batch_size*settings.accumulation))
+    tokens, steps = settings.epochs*sum(e['length'] for e in train), _steps(train, settings)
     trainer = make_trainer(model, tokenizer, train, valid, settings, folder, device, _callbacks(model, tokenizer, valid, settings, tokens/steps))
     begun = int(Path(start).name.rpartition('-')[2]) if start else 0
     (time_, memory), at_once = estimate(trainer, train, valid, settings, 1 - begun/steps), trainer.args.per_device_train_batch_size*trainer.args.world_size

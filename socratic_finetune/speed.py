@@ -65,7 +65,11 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, **more)
     rows, heads, tokens, width = query.shape
     groups, seen = key.shape[1:3]
     unshared = heads == groups and query.dtype is torch.float32   # nothing to do together: torch's kernel is quicker, though not in 16 bits
-    usual = query.device.type != 'cpu' or unshared or rows*heads*tokens*seen > LIMIT or dropout or more.get('softcap') or more.get('s_aux') is not None
+    other = dropout or more.get('softcap') or more.get('s_aux') is not None
+    if tokens == 1 and query.device.type == 'cpu' and not (other or attention_mask is None and more.get('sliding_window')):   # one token may look at all: heads of a group are its rows
+        out = torch.nn.functional.scaled_dot_product_attention(query.reshape(rows, groups, -1, width), key, value, attention_mask, scale=scaling)
+        return out.reshape(rows, 1, heads, width), None
+    usual = query.device.type != 'cpu' or unshared or rows*heads*tokens*seen > LIMIT or other
     if attention_mask is None and tokens > 1 and not (usual and tokens == seen):   # the usual kernel knows by itself what came before in a whole row
         attention_mask = torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=query.device).tril(seen - tokens)
         if window := more.get('sliding_window'): attention_mask = attention_mask.triu(seen - tokens - window + 1)
