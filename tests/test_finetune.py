@@ -203,6 +203,14 @@ def test_a_large_model_is_chatted_with_in_8_bits_where_they_are_faster(tiny, mon
     with pytest.raises(SocraticError, match='quantize="none"'): pack_weights(Tutor.load(made).model, 8)
 
 
+def test_a_step_is_the_same_in_few_passes_and_in_many(tiny, tmp_path):
+    told = []
+    for tokens in (4096, 40):   # all rows of a step at once, or one or two
+        out = f.finetune(settings(tiny, epochs=2, accumulation=2, lora_dropout=0., pass_tokens=tokens), rows(24, split=True), tmp_path/str(tokens), report=quiet)
+        told.append([h[k] for h in out['log'] for k in ('loss', 'eval_loss') if k in h])
+    assert len(told[0]) == 8 and told[1] == pytest.approx(told[0], rel=1e-5)
+
+
 # --- device and number format -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('bf16, dtype', [(True, torch.bfloat16), (False, torch.float16)])
