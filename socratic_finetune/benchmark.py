@@ -26,7 +26,7 @@ def here()->str:
 def finished():
     "Wait until a GPU has done what it was told."
     import torch
-    if here() == 'cuda': torch.cuda.synchronize()
+    if (device := here()) != 'cpu': getattr(torch, device).synchronize()
 
 def matrix_rate(dtype:str, rows:int=1024, repeats:int=8, device:str='cpu')->float:
     """Operations a second in products of TinyLlama's size.
@@ -39,7 +39,7 @@ def matrix_rate(dtype:str, rows:int=1024, repeats:int=8, device:str='cpu')->floa
     times, (a, b) = 1 if device == 'cpu' else 20, (torch.randn(n, 2048, device=device).to(getattr(torch, dtype)) for n in (rows, 5632))
     def work():
         for _ in range(times): torch.nn.functional.linear(a, b)
-        if device != 'cpu': torch.cuda.synchronize()
+        if device != 'cpu': getattr(torch, device).synchronize()
     return 2*rows*2048*5632*times/best_seconds(work, repeats + 1)
 
 def memory_rate(size:int=2**30, repeats:int=4, device:str='cpu')->float:

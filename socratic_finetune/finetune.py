@@ -198,6 +198,7 @@ def trainer_class():
             return LengthGroups(self.train_dataset['length'], self.batch, self.args.seed)
 
         def training_step(self, model, inputs, num_items_in_batch=None):
+            "One step of the optimiser, in as many passes forward and backward as there are packs."
             if 'packs' not in inputs: return super().training_step(model, inputs, num_items_in_batch)
             items = (inputs['labels'] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             return sum(super(Trainer, self).training_step(model, p, items) for p in inputs['packs'])
@@ -205,9 +206,11 @@ def trainer_class():
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             "The mean loss of the tokens that bear any; of those of all devices and accumulated batches, where `num_items_in_batch` counts them."
             if 'packs' in inputs:
-                found = [self.compute_loss(model, p, True, (inputs['labels'] != -100).sum()) for p in inputs['packs']]
-                loss = sum(loss for loss, _ in found)
-                return (loss, found[-1][1]) if return_outputs else loss
+                items, losses = (inputs['labels'] != -100).sum(), []
+                for p in inputs['packs']:
+                    loss, outputs = self.compute_loss(model, p, True, items)   # the outputs of the last are as good as any: nobody looks at them
+                    losses.append(loss)
+                return (sum(losses), outputs) if return_outputs else sum(losses)
             labels = inputs['labels'][:, 1:]
             places = (labels != -100).any(0).nonzero().squeeze(1)
             outputs = model(**{k: v for k, v in inputs.items() if k != 'labels'}, use_cache=False, logits_to_keep=places)
@@ -228,15 +231,17 @@ def trainer_class():
 # %% ../nbs/06_finetune.ipynb #f1ne0001
 def _steps(train, settings): return math.ceil(settings.epochs*math.ceil(len(train)/(settings.batch_size*settings.accumulation)))
 
-def _at_once(model, tokenizer, train, settings, packed):
-    "Settings whose steps are the same in fewer batches: in one if it is packed in passes, on a GPU in as few as its memory holds rows for, judging by the longest."
+def _at_once(model, tokenizer, train, settings, passes):
+    "Settings whose steps are the same in fewer batches: in one that `pack_passes` divides, on a GPU in as few as its memory holds rows for, judging by the longest."
     import torch
-    if packed: return settings.model_copy(update=dict(batch_size=settings.batch_size*settings.accumulation, accumulation=1))
+    if passes: return settings.model_copy(update=dict(batch_size=settings.batch_size*settings.accumulation, accumulation=1))
     if model.device.type != 'cuda' or settings.accumulation == 1: return settings
     torch.cuda.reset_peak_memory_stats()
     before, longest = torch.cuda.memory_allocated(), sorted(train, key=lambda e: e['length'])[-settings.batch_size:]
-    model.train()(**{k: v.to(model.device) for k, v in collate(longest, tokenizer.pad_token_id).items()}, use_cache=False).loss.backward()
-    each = torch.cuda.max_memory_allocated() - before
+    try:
+        model.train()(**{k: v.to(model.device) for k, v in collate(longest, tokenizer.pad_token_id).items()}, use_cache=False).loss.backward()
+        each = torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError: each = math.inf   # scores of all places, which training does without, may not fit
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     times = max((n for n in range(2, settings.accumulation + 1) if settings.accumulation % n == 0 and n*each < 0.8*torch.cuda.mem_get_info()[0]), default=1)
@@ -260,7 +265,8 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     if not valid and settings.early_stop:
         raise SocraticError(f'early_stop={settings.early_stop} needs validation rows, and these {len(train)} leave none: '
                             'mark some with split="validation", give a hundred or more, or use early_stop=0')
-    packed, group = device == 'cpu' and can_pack_rows(speed_up_adapters(model)), settings.batch_size
+    speed_up_adapters(model)
+    packed, group = device == 'cpu' and can_pack_rows(model), settings.batch_size
     passes = packed and int(os.environ.get('WORLD_SIZE', 1)) == 1   # of several processes each has to take as many as the others
     if not packed: group *= settings.accumulation                   # padding is least where all rows of a step are of like length
     if device == 'cpu': slice_layers(model)
@@ -274,7 +280,7 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
                               processing_class=tokenizer, callbacks=list(callbacks),
                               data_collator=partial(pack_passes, limit=settings.pass_tokens) if passes else pack if packed else
                               lambda batch: collate(batch, tokenizer.pad_token_id))
-    trainer.batch = group
+    trainer.batch, trainer.limit = group, settings.pass_tokens if passes else math.inf
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # TRL puts the adapter of a 4-bit base into bfloat16, which loses small updates
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'PrinterCallback'))
@@ -367,7 +373,7 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
     rows, args, device = sorted(train, key=lambda e: -e['length']), trainer.args, trainer.model.device.type
     def filled(rows):
         "As many rows as go through the model at once."
-        fit = sum(t <= settings.pass_tokens for t in accumulate(e['length'] for e in rows)) if device == 'cpu' else len(rows)
+        fit = sum(t <= trainer.limit for t in accumulate(e['length'] for e in rows))
         return rows[:max(1, min(fit, args.per_device_train_batch_size))]
     trainer.model.train()
     for batch in (filled(rows), filled(rows[len(rows)//2:])):
@@ -446,8 +452,8 @@ def shortage_in_words(folder:str|Path):
     Raises `SocraticError` instead of whatever the library says; other errors pass."""
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        if type(e).__name__ == 'OutOfMemoryError' or 'STATUS_ALLOC_FAILED' in str(e): raise SocraticError(
-            'the memory of the GPU is full: halve batch_size and double accumulation, which is the same training; '
+        if type(e).__name__ == 'OutOfMemoryError' or re.search('(CUDA|MPS).*out of memory|STATUS_ALLOC_FAILED', str(e)): raise SocraticError(
+            'the memory of the GPU is full: halve batch_size and double accumulation, which is the same training, in a new run; '
             'where that is not enough, use quantize="4bit", a smaller base_model, or device="cpu"') from None
         full = r'No space left|StorageFull|os error 28|PytorchStreamWriter|unexpected pos'   # the last two are how torch says it
         if getattr(e, 'errno', None) != errno.ENOSPC and not re.search(full, str(e)): raise
@@ -560,7 +566,7 @@ def finetune(settings:Settings, rows:list[dict], folder:str|Path, checkpoints:st
 
     Returns `seconds`, `steps`, `tokens`, `tokens_per_second`, `trainable`, `memory_gb` (the process's peak), `dropped`, `asked` (the prompt of the
     sample replies) and `log`, a list of dicts with `step` and `loss`, `eval_loss` or `reply`; with `early_stop` also `best_step`, of the adapter.
-    Raises `SocraticError` if there is nothing to train on, the loss is no number any more, or disk or GPU memory are full."""
+    Raises `SocraticError` if there is nothing to train on, the loss is no number any more, or disk or GPU memory is full."""
     meet(settings.device)
     if not is_main(): report = lambda *_: None
     device, dtype, why = shared(choose_device(settings))

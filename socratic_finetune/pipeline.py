@@ -255,7 +255,7 @@ def told_bank(bank)->str:
     return f'{len(bank.train)} topics to teach' + (f", {len(out)} held out: {', '.join(out)}" if out else '')
 
 def adapter_settings(adapter:str|Path, **changes)->Settings:
-    """The settings that an adapter was trained with, as far as its folder tells.
+    """The settings that an adapter was trained with, as far as its folder tells, but for device, number format and quantization, which are this machine's.
 
     - `adapter`: its folder; `training.json` holds settings, where this project trained it.
     - `changes`: settings to change; None changes nothing.

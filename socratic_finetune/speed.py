@@ -8,7 +8,7 @@ __all__ = ['LIMIT', 'SLICE', 'PAGE_OUT', 'operations', 'grouped_attention', 'use
            'gain_of_8_bits', 'pack_weights']
 
 # %% ../nbs/05_speed.ipynb #18274280
-import copy, math
+import copy, inspect, math
 from functools import cache
 
 from .config import SocraticError, best_seconds
@@ -68,7 +68,7 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, **more)
     other = dropout or more.get('softcap') or more.get('s_aux') is not None
     if tokens == 1 and query.device.type == 'cpu' and not (other or attention_mask is None and more.get('sliding_window')):   # one token may look at all: heads of a group are its rows
         out = torch.nn.functional.scaled_dot_product_attention(query.reshape(rows, groups, -1, width), key, value, attention_mask, scale=scaling)
-        return out.reshape(rows, 1, heads, width), None
+        return out.reshape(rows, 1, heads, value.shape[-1]), None
     usual = query.device.type != 'cpu' or unshared or rows*heads*tokens*seen > LIMIT or other
     if attention_mask is None and tokens > 1 and not (usual and tokens == seen):   # the usual kernel knows by itself what came before in a whole row
         attention_mask = torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=query.device).tril(seen - tokens)
@@ -81,7 +81,7 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, **more)
     if attention_mask is not None:
         bias = torch.zeros(attention_mask.shape, dtype=scores.dtype).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         scores.view(rows, groups, -1, tokens, seen).add_(bias[:, :, None])
-    return (scores.softmax(-1) @ together(value)).view(rows, heads, tokens, width).transpose(1, 2).contiguous(), None
+    return (scores.softmax(-1) @ value.reshape(rows*groups, seen, -1)).view(rows, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 # %% ../nbs/05_speed.ipynb #0cfcc1ea
@@ -168,7 +168,7 @@ def dropped(n:int, p:float, seed:int):
     return torch.from_numpy(places[:np.searchsorted(places, n)])
 
 def _drop(x, places):
-    "A copy with zeros in some places."
+    "A copy with zeros in some places; without places the input itself."
     if places is None: return x
     x = x.clone()
     x.view(-1).index_fill_(0, places, 0)
@@ -330,7 +330,7 @@ def slice_layers(model)->list[str]:
     found = {}
     for m in model.modules():
         kind, gate = type(m), all(hasattr(m, n) for n in ('gate_proj', 'up_proj', 'down_proj', 'act_fn'))
-        if not gate and not (hasattr(m, 'variance_epsilon') and not m.weight.requires_grad): continue
+        if not gate and not (hasattr(m, 'variance_epsilon') and not m.weight.requires_grad) or len(inspect.signature(kind.forward).parameters) != 2: continue
         if kind not in found:
             way = type(kind.__name__, (kind,), dict(forward=_gated if gate else _normed))
             x, training = torch.randn(2, m.gate_proj.in_features if gate else len(m.weight)).to((m.gate_proj if gate else m).weight.dtype), m.training
@@ -474,12 +474,14 @@ def pack_weights(model, bits:int=16):
     Raises `SocraticError` if it is to be 8 bits and torch has no such products here."""
     import torch
     if bits == 8 and not can_round(): raise SocraticError('quantize="8bit": torch has no 8-bit products for this processor: use quantize="none"')
-    embedding, form = model.get_input_embeddings().weight, _rounded_class() if bits == 8 else _packed_class()
+    rounded, embedding, form = 0, model.get_input_embeddings().weight, _rounded_class() if bits == 8 else _packed_class()
     for name, layer in list(model.named_modules()):
         if type(layer) is not torch.nn.Linear or 'lora_' in name: continue
         if bits == 16 and (layer.weight is embedding or not can_pack(layer.weight.dtype)): continue
+        if bits == 8: rounded += layer.weight.numel()
         parent, _, last = name.rpartition('.')
         setattr(model.get_submodule(parent), last, form(layer))
         if layer.weight is not embedding: _let_go(layer.weight)
-    return model.float() if bits == 8 else model   # what is left is little, and its numbers need not be turned to 32 bits and back at each layer
+    left = sum(p.numel() for p in model.parameters())
+    return model.float() if left < rounded else model   # if little is left, its numbers need not be turned to 32 bits and back at each layer
 

@@ -1,5 +1,5 @@
 "What holds on a GPU as well; passed over where there is none."
-import json, os, subprocess, sys
+import gc, json, os, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def test_gradient_is_that_of_padded_32_bit_numbers_on_a_processor(tiny, tmp_path
         if device == 'cpu': loss = tuned(**collate(encoded, tok.pad_token_id, multiple=256)).loss
         else:
             trainer = f.make_trainer(tuned, tok, encoded, [], made, tmp_path, device)
+            assert {type(m).__name__ for n, m in tuned.named_modules() if n.endswith('lora_A.default')} == {'Down'}   # sped up
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(encoded)))
         tuned.zero_grad()
         loss.backward()
@@ -80,6 +81,7 @@ def test_replies_are_those_of_a_processor_one_by_one_and_together(tiny, tmp_path
 def test_a_full_gpu_is_said_in_words(tiny, tmp_path):
     room = torch.cuda.mem_get_info()[1]
     try:
+        gc.collect()   # trainers of tests before refer to themselves
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4e6)/room)
         with pytest.raises(SocraticError, match='memory of the GPU is full: halve batch_size'):
