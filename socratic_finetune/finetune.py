@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'find_base', 'load_base', 'add_adapter', 'encode_rows', 'split_rows', 'LengthGroups', 'training_arguments',
-           'trainer_class', 'make_trainer', 'prompt_of', 'peak_memory', 'estimate', 'in_time', 'fingerprint', 'seal',
-           'is_whole', 'resume_point', 'shortage_in_words', 'save_adapter', 'is_main', 'meet', 'main_first', 'shared',
-           'finetune', 'plot_loss']
+           'trainer_class', 'make_trainer', 'prompt_of', 'peak_memory', 'finished', 'estimate', 'in_time',
+           'fingerprint', 'seal', 'is_whole', 'resume_point', 'shortage_in_words', 'save_adapter', 'is_main', 'meet',
+           'main_first', 'shared', 'finetune', 'plot_loss']
 
 # %% ../nbs/06_finetune.ipynb #0bc6bb39
 import errno, json, math, os, random, re, shutil, sys, tempfile, time, warnings
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from .config import HOW, Run, Settings, SocraticError, choose_device, data_path, settings_for, versions, write_atomic
 from .generate import read_rows
 from .prompting import collate, encode, set_chat_format
-from .speed import can_pack_rows, pack, pack_passes, slice_layers, speed_up_adapters, summed_loss, use_grouped_attention
+from .speed import can_pack_rows, pack_passes, slice_layers, speed_up_adapters, summed_loss, use_grouped_attention
 
 # %% ../nbs/06_finetune.ipynb #ed0a18f6
 def find_base(name:str)->str:
@@ -248,6 +248,7 @@ def _at_once(model, tokenizer, train, settings, passes):
     times = shared(times)
     return settings.model_copy(update=dict(batch_size=settings.batch_size*times, accumulation=settings.accumulation//times))
 
+# %% ../nbs/06_finetune.ipynb #9e04b552
 def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:Settings, folder:str|Path, device:str, callbacks:tuple=()):
     """A trainer, ready to go.
 
@@ -268,6 +269,7 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     speed_up_adapters(model)
     packed, group = device == 'cpu' and can_pack_rows(model), settings.batch_size
     passes = packed and int(os.environ.get('WORLD_SIZE', 1)) == 1   # of several processes each has to take as many as the others
+    limit = settings.pass_tokens if passes else math.inf
     if not packed: group *= settings.accumulation                   # padding is least where all rows of a step are of like length
     if device == 'cpu': slice_layers(model)
     settings = _at_once(model, tokenizer, train, settings, passes)
@@ -278,14 +280,12 @@ def make_trainer(model, tokenizer, train:list[dict], valid:list[dict], settings:
     table = lambda rows: Dataset.from_list([{k: e[k] for k in ('input_ids', 'labels', 'length')} for e in rows])
     trainer = trainer_class()(model=model, args=args, train_dataset=table(train), eval_dataset=table(valid) if valid else None,
                               processing_class=tokenizer, callbacks=list(callbacks),
-                              data_collator=partial(pack_passes, limit=settings.pass_tokens) if passes else pack if packed else
-                              lambda batch: collate(batch, tokenizer.pad_token_id))
-    trainer.batch, trainer.limit = group, settings.pass_tokens if passes else math.inf
+                              data_collator=partial(pack_passes, limit=limit) if packed else lambda batch: collate(batch, tokenizer.pad_token_id))
+    trainer.batch, trainer.limit = group, limit
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()   # TRL puts the adapter of a 4-bit base into bfloat16, which loses small updates
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'PrinterCallback'))
     return trainer
-
 
 # %% ../nbs/06_finetune.ipynb #a062f3dd
 def _callback(tokens_per_step):
@@ -362,6 +362,14 @@ def peak_memory(device:str)->float:
         return next(int(line.split()[1]) for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))*1024/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9
 
+def finished(device:str):
+    """Wait until a GPU has done what it was told.
+
+    - `device`: `cpu`, `cuda` or `mps`."""
+    import torch
+    if device != 'cpu': getattr(torch, device).synchronize()
+
+# %% ../nbs/06_finetune.ipynb #f3fd130e
 def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, share:float=1.)->tuple[float, float]:
     """How long a training will take, in seconds, and its peak memory, in GB; measured on two batches, without a step.
 
@@ -369,7 +377,6 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
     - `train`, `valid`: encoded rows.
     - `settings`: training dials.
     - `share`: of the training that is still to do."""
-    import torch
     rows, args, device = sorted(train, key=lambda e: -e['length']), trainer.args, trainer.model.device.type
     def filled(rows):
         "As many rows as go through the model at once."
@@ -381,7 +388,7 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(batch)))
         loss.backward()
-        if device == 'cuda': torch.cuda.synchronize()
+        finished(device)
         seconds = (time.perf_counter() - t)/sum(e['length'] for e in batch)
     trainer.model.zero_grad(set_to_none=True)
     looks = _steps(train, settings)/args.eval_steps if args.eval_steps else settings.epochs
@@ -392,7 +399,6 @@ def estimate(trainer, train:list[dict], valid:list[dict], settings:Settings, sha
 def in_time(seconds:float)->str:
     "Seconds as one would say them."
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
-
 
 # %% ../nbs/06_finetune.ipynb #9023916f
 SEAL = 'whole.json'

@@ -60,6 +60,7 @@ def _unpack(query, key, value, lengths):
         ks, vs = ([torch.cat([first, x], 2) for x in own] for first, own in ((k0, ks), (v0, vs)))
     for row in zip(qs, ks, vs): yield *row, None
 
+# %% ../nbs/05_speed.ipynb #349263cb
 def _attend(module, query, key, value, attention_mask, scaling, dropout, **more):
     import torch
     rows, heads, tokens, width = query.shape
@@ -82,7 +83,6 @@ def _attend(module, query, key, value, attention_mask, scaling, dropout, **more)
         bias = torch.zeros(attention_mask.shape, dtype=scores.dtype).masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         scores.view(rows, groups, -1, tokens, seen).add_(bias[:, :, None])
     return (scores.softmax(-1) @ value.reshape(rows*groups, seen, -1)).view(rows, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
-
 
 # %% ../nbs/05_speed.ipynb #0cfcc1ea
 def use_grouped_attention(model)->bool:
@@ -121,16 +121,17 @@ def pack_passes(rows:list[dict], limit:int)->dict:
     """The rows of a step as few packs of about as many tokens each, which go through the model one after the other.
 
     - `rows`: as for `pack`.
-    - `limit`: tokens of a pack, about; memory grows with them.
+    - `limit`: tokens of a pack, about; memory grows with them. With `math.inf` there is one pack.
 
     Returns `packs`, and all their `input_ids` and `labels` in one row."""
     import torch
     size = lambda some: sum(len(r['input_ids']) for r in some)
-    hands = [[] for _ in range(math.ceil(size(rows)/limit))]
+    hands = [[] for _ in range(max(1, math.ceil(size(rows)/limit)))]
     for r in sorted(rows, key=lambda r: -size([r])) if len(hands) > 1 else rows: min(hands, key=size).append(r)
     packs = [pack(hand) for hand in hands if hand]
     return dict(packs=packs, **{k: torch.cat([p[k] for p in packs], 1) for k in ('input_ids', 'labels')})
 
+# %% ../nbs/05_speed.ipynb #fc508415
 def can_pack_rows(model)->bool:
     """Whether a model's layers all look at other tokens through `grouped_attention` alone, and tell it of packed rows; tried on seven tokens.
 
@@ -149,7 +150,6 @@ def can_pack_rows(model)->bool:
     except TypeError: return False   # its forward does not pass on what it does not know
     finally: AttentionInterface.register('grouped', grouped_attention)
     return told == [[2, 2, 2]]*base.config.get_text_config().num_hidden_layers
-
 
 # %% ../nbs/05_speed.ipynb #46715579
 def dropped(n:int, p:float, seed:int):
@@ -174,6 +174,7 @@ def _drop(x, places):
     x.view(-1).index_fill_(0, places, 0)
     return x
 
+# %% ../nbs/05_speed.ipynb #cca7bf24
 @cache
 def _product():
     import torch
@@ -197,11 +198,11 @@ def _product():
             return _drop(grad @ (weight*ctx.scale).to(grad.dtype), places), for_weight, None
     return DroppedProduct
 
-
 # %% ../nbs/05_speed.ipynb #ad767f79
 @cache
 def _adapter_classes():
     import torch
+    from peft.tuners.lora import Linear
     class Down(torch.nn.Linear):
         "An adapter's first matrix, with the dropout before it."
         p = 0.
@@ -229,17 +230,16 @@ def _adapter_classes():
             x, weight = ctx.saved_tensors
             for_weight = (grad.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight.dtype)*ctx.scale
             return grad, grad @ (weight*ctx.scale).to(grad.dtype), for_weight, None
-    return Down, Up, Added
 
-def _adapted(usual):
-    "The forward pass of a layer with one plain adapter, which is added where the layer's own product stands."
-    def forward(self, x, *args, **more):
-        name, plain = self.active_adapters[0], not (args or more or self.merged or self.disable_adapters or self.lora_variant)
-        if not plain or len(self.active_adapters) > 1 or name not in self.lora_A or self.lora_B[name].bias is not None: return usual(self, x, *args, **more)
-        out, low = self.base_layer(x), self.lora_A[name](x)
-        if out.dtype is not low.dtype: return usual(self, x)
-        return _adapter_classes()[2].apply(out, low, self.lora_B[name].weight, self.scaling[name])
-    return forward
+    class Adapted(Linear):
+        "A layer whose adapter, if it is one plain one, is added where the layer's own product stands."
+        def forward(self, x, *args, **more):
+            name, plain = self.active_adapters[0], not (args or more or self.merged or self.disable_adapters or self.lora_variant)
+            if not plain or len(self.active_adapters) > 1 or name not in self.lora_A or self.lora_B[name].bias is not None: return super().forward(x, *args, **more)
+            out, low = self.base_layer(x), self.lora_A[name](x)
+            if out.dtype is not low.dtype: return super().forward(x)
+            return Added.apply(out, low, self.lora_B[name].weight, self.scaling[name])
+    return Down, Up, Adapted
 
 
 # %% ../nbs/05_speed.ipynb #6fc5daa1
@@ -251,12 +251,11 @@ def speed_up_adapters(model):
     Raises `SocraticError` if it has no LoRA layer."""
     import torch
     from peft.tuners.lora import Linear, LoraLayer
-    layers, (Down, Up, _) = [m for m in model.modules() if isinstance(m, LoraLayer)], _adapter_classes()
-    Fast = type('Linear', (Linear,), dict(forward=_adapted(Linear.forward)))
+    layers, (Down, Up, Adapted) = [m for m in model.modules() if isinstance(m, LoraLayer)], _adapter_classes()
     if not layers: raise SocraticError('this model has no LoRA layer to speed up: add an adapter first')
     for layer in layers:
         layer.cast_input_dtype_enabled = False
-        if type(layer) is Linear: layer.__class__ = Fast
+        if type(layer) is Linear: layer.__class__ = Adapted
         for name, down in layer.lora_A.items():
             if type(down) is Down: continue   # done before: its dropout is its own already
             down.p, down.__class__, layer.lora_B[name].__class__ = getattr(layer.lora_dropout[name], 'p', 0.), Down, Up
@@ -317,6 +316,7 @@ def _slice_functions():
             return for_x, None, None
     return Gate, Norm
 
+# %% ../nbs/05_speed.ipynb #dd427a15
 def _gated(self, x): return self.down_proj(_slice_functions()[0].apply(self.gate_proj(x), self.up_proj(x)))
 def _normed(self, x): return _slice_functions()[1].apply(x, self.weight, self.variance_epsilon)
 
@@ -339,7 +339,6 @@ def slice_layers(model)->list[str]:
             found[kind] = way if before.dtype is after.dtype and torch.equal(before, after) else None
         if found[kind]: m.__class__ = found[kind]
     return [kind.__name__ for kind, way in found.items() if way]
-
 
 # %% ../nbs/05_speed.ipynb #66aea713
 @cache
