@@ -11,7 +11,7 @@ import json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from .config import best_seconds, choose_device, data_path, settings_for, write_atomic
-from .finetune import add_adapter, encode_rows, finished, load_base, make_trainer, peak_memory
+from .finetune import add_adapter, encode_rows, load_base, make_trainer, peak_memory, synchronize, synchronize
 from .generate import read_rows
 from .speed import operations
 
@@ -34,7 +34,7 @@ def matrix_rate(dtype:str, rows:int=1024, repeats:int=8, device:str='cpu')->floa
     times, (a, b) = 1 if device == 'cpu' else 20, (torch.randn(n, 2048, device=device).to(getattr(torch, dtype)) for n in (rows, 5632))
     def work():
         for _ in range(times): torch.nn.functional.linear(a, b)
-        finished(device)
+        synchronize(device)
     return 2*rows*2048*5632*times/best_seconds(work, repeats + 1)
 
 def memory_rate(size:int=2**30, repeats:int=4, device:str='cpu')->float:
@@ -67,7 +67,7 @@ def bench_rows(n:int=96)->list[dict]:
     - `n`: how many."""
     return random.Random(0).sample(read_rows(data_path('tutor_v1_sft.jsonl'))[0], n)
 
-def _settings(base, dtype): return settings_for('tinyllama', base_model=str(base), dtype=dtype, chat_format='base')
+def _settings(base, dtype): return settings_for('tinyllama', base_model=str(base), dtype=dtype, chat_format='native')
 
 # %% ../nbs/93_benchmark.ipynb #069df8ed
 class Clock:
@@ -81,7 +81,7 @@ class Clock:
 
     def step(self):
         "A step is done."
-        finished(here())
+        synchronize(here())
         self.done, self.end = self.done + 1, time.perf_counter()
         if self.done == self.skip: self.begun = self.end
 
@@ -139,9 +139,9 @@ def _ready(base):
 def _once(model, tokenizer, rows, settings, skip=0):
     "Tokens and seconds of the project's trainer in one pass over encoded rows, without checkpoints, and the loss of each step."
     with tempfile.TemporaryDirectory() as tmp:
-        trainer = make_trainer(model, tokenizer, rows, [], settings.model_copy(update=dict(epochs=1)), tmp, model.device.type)
+        trainer = make_trainer(model, tokenizer, rows, [], settings.model_copy(update=dict(num_train_epochs=1)), tmp, model.device.type)
         trainer.args.save_strategy = 'no'
-        clock = Clock([rows[i]['length'] for i in trainer._get_train_sampler()], settings.batch_size*settings.accumulation, skip)
+        clock = Clock([rows[i]['length'] for i in trainer._get_train_sampler()], settings.batch_size*settings.gradient_accumulation_steps, skip)
         clock.watch(trainer)
         trainer.train()
     return *clock.read(), [h['loss'] for h in trainer.state.log_history if 'loss' in h]
@@ -206,7 +206,7 @@ def _growth(base):
     def step(n, length):
         parts = [ids[7*i:7*i+length] for i in range(n)]   # they begin with nothing in common
         rows = [dict(input_ids=p, labels=[-100]*(length//2) + p[length//2:], length=length) for p in parts]
-        return _once(model, tokenizer, rows, settings.model_copy(update=dict(batch_size=n, accumulation=1)))[1]
+        return _once(model, tokenizer, rows, settings.model_copy(update=dict(batch_size=n, gradient_accumulation_steps=1)))[1]
     for n in (1, 2, 4): step(n, 60)                        # warms up
     return [dict(rows=n, length=length, seconds=step(n, length)) for length in (60, 120, 240, 480) for n in (1, 2, 4)]
 

@@ -6,18 +6,18 @@
 __all__ = ['INVISIBLE', 'PAGE', 'HELP', 'Answer', 'Exchange', 'Conversation', 'context_length', 'count_tokens', 'fit_messages',
            'in_words', 'token_length', 'speak', 'visible', 'render_text', 'training_rows', 'as_markdown',
            'scores_in_words', 'preference_pairs', 'save_pairs', 'transcript_html', 'OneAtATime', 'Chat', 'answer_all',
-           'topic_of', 'score_all', 'server_fault', 'Endpoint', 'endpoint_at', 'Sides', 'take_sides', 'style_html',
-           'body_html', 'foot_html', 'ExchangeView', 'live_page', 'known_questions', 'question_chips', 'sampling_form',
-           'default_sampling', 'ChatParts', 'ChatShow', 'ChatButtons', 'save_conversation', 'ChatSaves', 'ChatWidget',
-           'run_chat', 'page_notebook', 'serve_chat', 'Terminal', 'reply_in_terminal', 'terminal_command',
-           'chat_terminal']
+           'topic_of', 'score_all', 'server_fault', 'Endpoint', 'endpoint_at', 'ModelPair', 'connect_models',
+           'style_html', 'body_html', 'foot_html', 'ExchangeView', 'live_page', 'known_questions', 'question_chips',
+           'sampling_form', 'default_sampling', 'ChatParts', 'ChatShow', 'ChatButtons', 'save_conversation',
+           'ChatSaves', 'ChatWidget', 'run_chat', 'page_notebook', 'serve_chat', 'Terminal', 'reply_in_terminal',
+           'terminal_command', 'chat_terminal']
 
 # %% ../nbs/08_chat.ipynb #a22bb13b
 import html, json, os, random, re, sys, threading, time, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .client import hopeless, openai_client, scrub, unknown_parameter
+from .client import is_permanent, openai_client, redact, unsupported_parameter
 from .config import Run, SocraticError, data_path, read_jsonl, runs_dir, settings_for, write_atomic, write_jsonl
 from .prompting import prompt_ids
 from .topics import Topic, TopicBank, load_topics, reserved_questions
@@ -158,7 +158,7 @@ def speak(conversation:Conversation, tutor, arm:str, stop:threading.Event|None=N
 
     Returns the answer, whatever became of it: see its `status` and `note`."""
     answer, stop, begun, pieces = conversation.exchanges[-1].answers[arm], stop or threading.Event(), time.perf_counter(), None
-    reader = getattr(tutor, 'side', {}).get(arm, tutor)     # of two `Sides`, each has a limit and a tokenizer of its own
+    reader = getattr(tutor, 'side', {}).get(arm, tutor)     # of a `ModelPair`, each has a limit and a tokenizer of its own
     try:
         room = sampling.get('max_new_tokens') or getattr(getattr(tutor, 'settings', None), 'max_new_tokens', 128)
         answer.prompt, dropped = fit_messages(reader, conversation.messages(arm), room)
@@ -452,7 +452,7 @@ def server_fault(error, model:str, client)->SocraticError:
     - `model`: the model's name.
     - `client`: whose address is named, and whose key is not."""
     silent = f'{model} at {client.base_url} did not answer ({type(error).__name__}): check that the server is up, and its address'
-    return SocraticError(scrub(str(hopeless(error, model, str(client.base_url)) or silent), client.api_key))
+    return SocraticError(redact(str(is_permanent(error, model, str(client.base_url)) or silent), client.api_key))
 
 # %% ../nbs/08_chat.ipynb #0ef37f31
 class Endpoint:
@@ -493,7 +493,7 @@ class Endpoint:
             if 'max_completion_tokens' in self.left_out & set(request): body['max_tokens'] = request['max_completion_tokens']
             try: return self.client.chat.completions.create(**body)
             except OpenAIError as e:
-                if not (param := unknown_parameter(e, body)): raise
+                if not (param := unsupported_parameter(e, body)): raise
                 self.left_out.add(param)
 
 # %% ../nbs/08_chat.ipynb #c8a0fb05
@@ -519,7 +519,7 @@ def endpoint_at(address:str, client=None)->Endpoint:
     return Endpoint(model, client, context=getattr(there.get(model), 'max_model_len', None) or 4096)
 
 # %% ../nbs/08_chat.ipynb #c8a0fb06
-class Sides:
+class ModelPair:
     """Two tutors as the two sides of one chat; they answer together.
 
     - `base`, `tuned`: each has `stream`; of a tutor with several arms, the arm of that name speaks."""
@@ -538,16 +538,16 @@ class Sides:
         side = self.side[arm]
         return side.stream(messages, arm=arm if arm in side.arms else side.arms[0], stop=stop, **sampling)
 
-def take_sides(load, base:str|None=None, tuned:str|None=None):
+def connect_models(load, base:str|None=None, tuned:str|None=None):
     """A tutor whose sides may be servers.
 
     - `load`: called for the tutor of this machine, unless both sides are servers.
     - `base`, `tuned`: addresses, see `endpoint_at`; None leaves the side to the tutor of this machine.
 
-    Returns that tutor, or two `Sides`. Raises what `endpoint_at` and `load` raise."""
+    Returns that tutor, or a `ModelPair`. Raises what `endpoint_at` and `load` raise."""
     there = {arm: endpoint_at(address) for arm, address in (('base', base), ('tuned', tuned)) if address}
     here = load() if len(there) < 2 else None
-    return Sides(there.get('base', here), there.get('tuned', here)) if there else here
+    return ModelPair(there.get('base', here), there.get('tuned', here)) if there else here
 
 # %% ../nbs/08_chat.ipynb #e12d7a65
 def style_html()->str:
@@ -843,7 +843,7 @@ class ChatSaves(ChatButtons):
 class ChatWidget(ChatSaves):
     """A chat page: the sides of a tutor answering the same messages.
 
-    - `tutor`: see `Chat`; a `Tutor`, an `Endpoint` or two `Sides`.
+    - `tutor`: see `Chat`; a `Tutor`, an `Endpoint` or a `ModelPair`.
     - `judge`: scores replies, shown as badges; None for none.
     - `bank`: topic bank for the questions to begin with and for the judge; None loads the project's own.
     - `folder`: where exports and `preferences.jsonl` are written; None is the current folder.
@@ -892,20 +892,20 @@ def run_chat(run:str='demo', profile:str='pocket', judge=None, live:bool|None=No
 
     - `run`: the run's name, or a path with a `/`; it is not begun if it does not exist.
     - `profile`: settings where there is no such run.
-    - `judge`: called with the topic bank, returns a judge, such as `EmbeddedJudge`; None for no scores.
+    - `judge`: called with the topic bank, returns a judge, such as `BuiltinJudge`; None for no scores.
     - `live`: see `ChatWidget`.
     - `base`, `tuned`: addresses of servers that stand in for a side, see `endpoint_at`.
 
     Raises `SocraticError` if a model cannot be loaded, or a server does not answer."""
     from socratic_finetune.tutor import Tutor
     bank, run_ = load_topics(), Run.open(run) if Run.exists(run) else Run(Path(run) if '/' in run else runs_dir()/run, settings_for(profile))
-    tutor = take_sides(lambda: Tutor.load(run_.settings, run_.input('adapter', 'pocket/adapter'), streaming=True), base, tuned)
+    tutor = connect_models(lambda: Tutor.load(run_.settings, run_.input('adapter', 'pocket/adapter'), streaming=True), base, tuned)
     return ChatWidget(tutor, judge=judge(bank) if judge else None, bank=bank, folder=run_.folder, live=live)
 
 # %% ../nbs/08_chat.ipynb #c6996ae6
 PAGE = """from socratic_finetune.chat import run_chat
-from socratic_finetune.judge import EmbeddedJudge
-run_chat(judge=EmbeddedJudge, live=True, **{arguments!r})"""
+from socratic_finetune.judge import BuiltinJudge
+run_chat(judge=BuiltinJudge, live=True, **{arguments!r})"""
 
 def page_notebook(**arguments)->Path:
     """Write the notebook behind the chat's page into a folder of its own.

@@ -21,8 +21,8 @@ class Principle(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
     key: str
     text: str
-    ask: str
-    mend: str
+    critique_request: str
+    revision_request: str
 
 def load_constitution(path:str|Path|None=None)->dict[str, Principle]:
     """The principles by key, in order.
@@ -31,7 +31,7 @@ def load_constitution(path:str|Path|None=None)->dict[str, Principle]:
 
     Raises `SocraticError` that names file and principle if one is malformed or a key comes twice."""
     path = data_path('constitution.yaml') if path is None else Path(path)
-    def refuse(why): return SocraticError(f'{path} is not a constitution: {why}; it is a YAML file with a list `principles`, each with key, text, ask and mend')
+    def refuse(why): return SocraticError(f'{path} is not a constitution: {why}; it is a YAML file with a list `principles`, each with key, text, critique_request and revision_request')
     try: book = yaml.safe_load(path.read_text(encoding='utf8'))
     except OSError as e: raise refuse(e.strerror or e) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise refuse(f'no YAML ({str(e).splitlines()[0]})') from None

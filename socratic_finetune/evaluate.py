@@ -575,8 +575,8 @@ counts once: scores are averaged within a topic, and intervals and tests are ove
 Tests: paired t, Wilcoxon, sign-flip permutation, all two-sided; p_holm is the sign-flip value after Holm's correction over all rows of the table. A
 judgement that failed is missing, and a question is compared only where both arms have a score."""
 
-LIMITS = """One greedy reply to each question measures a first turn, not a conversation, and says nothing of what a student learns. The embedded judge
-reads words, not meaning, and knows the cards that the questions come from; the embedded teacher's data and this judge share those cards. Held-out
+LIMITS = """One greedy reply to each question measures a first turn, not a conversation, and says nothing of what a student learns. The built-in judge
+reads words, not meaning, and knows the cards that the questions come from; the built-in teacher's data and this judge share those cards. Held-out
 topics were kept out of finetuning, not out of the base model's pretraining. Scores of different judges cannot be compared with each other."""
 
 def report_html(scores, controls, tables:dict, pictures:dict, about:dict)->str:

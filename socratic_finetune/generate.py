@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REACTIONS', 'SHAREGPT', 'CARD', 'react', 'plan_lesson', 'plan_rows', 'plan_data', 'make_row', 'row_messages',
            'prompt_completion', 'preference', 'near_duplicates', 'openings', 'distinct', 'drop_repeats', 'forecast',
-           'forecast_words', 'rows_so_far', 'made_at_once', 'generate', 'dataset_report', 'dataset_card', 'read_table',
-           'read_rows']
+           'forecast_words', 'load_partial', 'map_concurrently', 'generate', 'dataset_report', 'dataset_card',
+           'read_table', 'read_rows']
 
 # %% ../nbs/04_generate.ipynb #26a92f93
 import json, random
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .client import Pending, RunStopped, Unanswered, dollars, run_batch
+from .client import Pending, FatalError, RetriesExhausted, format_usd, run_batch
 from .config import Run, SocraticError, data_path, numbered_jsonl, read_jsonl, settings_for, write_atomic, write_jsonl
 from .constitution import Trail, load_constitution
 from .teacher import DISCOURAGING, MOVE_FOR_KIND, MOVES, Teacher, Turn, make_teacher, phrases, teach
@@ -115,8 +115,8 @@ def plan_data(bank:TopicBank, settings)->list[dict]:
 
     - `bank`: the topic bank.
     - `settings`: its `n` (training rows) and `seed`."""
-    return (plan_rows(bank.train, settings.n, settings.seed) +
-            plan_rows(bank.validation, min(2*len(bank.validation), settings.n//20), settings.seed, small=0, split='validation'))
+    return (plan_rows(bank.train, settings.n_rows, settings.seed) +
+            plan_rows(bank.validation, min(2*len(bank.validation), settings.n_rows//20), settings.seed, small=0, split='validation'))
 
 # %% ../nbs/04_generate.ipynb #98adb1a3
 def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
@@ -139,7 +139,7 @@ def make_row(plan:dict, teacher:Teacher, bank:TopicBank, settings)->dict:
             try:
                 trail = (teach(teacher, turn, constitution, rng, settings.rounds, settings.principles_per_round) if settings.rounds
                          else Trail(draft=teacher.draft(turn, rng)))
-            except (RunStopped, Unanswered): raise
+            except (FatalError, RetriesExhausted): raise
             except SocraticError:
                 if not attempts_left: raise
             else: break
@@ -248,7 +248,7 @@ def forecast(plan:list[dict], teacher, bank:TopicBank, settings, sample:int=40)-
 
     Returns `requests`, `tokens_in`, `tokens_out` and `cost` in dollars (None where unknown), without what a provider's prompt cache saves."""
     some, reply, found = plan[::max(1, len(plan)//sample)], ' '.join(['words']*50), []
-    asks = [f'- {p.key}: {p.ask}' for p in teacher.constitution.values()]
+    asks = [f'- {p.key}: {p.critique_request}' for p in teacher.constitution.values()]
     looks = [('critique', asks[:settings.principles_per_round], 0)]*settings.rounds
     acts = [('draft', [], 70), *([*looks, ('revise', asks[:1], 70), ('critique', asks, 0)] if settings.rounds else [])]
     for p in some:
@@ -269,10 +269,10 @@ def forecast_words(found:dict, model:str, max_cost:float|None=None, batch:bool=F
     cost = found['cost'] and found['cost']*(0.5 if batch else 1)
     over = f"; that is more than max_cost=${max_cost:g}, where the run will stop" if cost and max_cost and cost > max_cost else ''
     return (f"{model}: about {found['requests']:,} requests, {found['tokens_in']/1e6:.2f} million tokens in and {found['tokens_out']/1e6:.2f} out, "
-            f"{dollars(cost)}{over}")
+            f"{format_usd(cost)}{over}")
 
 # %% ../nbs/04_generate.ipynb #ca110004
-def rows_so_far(part:Path)->dict[str, dict]:
+def load_partial(part:Path)->dict[str, dict]:
     """The rows that an attempt before this one has made, by their id; a last line that was torn when its process died is cut off.
 
     - `part`: the file of rows under way."""
@@ -282,7 +282,7 @@ def rows_so_far(part:Path)->dict[str, dict]:
         with open(part, 'r+b') as f: f.truncate(whole.rfind(b'\n') + 1)
     return {r['id']: r for r in read_jsonl(part)[0]}
 
-def made_at_once(todo:list, make, workers:int=1, stop=None):
+def map_concurrently(todo:list, make, workers:int=1, stop=None):
     """Results as they come, from several threads or from this one: pairs of a plan and its row, or the error that it failed with.
 
     - `todo`: plans.
@@ -290,10 +290,10 @@ def made_at_once(todo:list, make, workers:int=1, stop=None):
     - `workers`: rows under way at once; 1 works in this thread, in order.
     - `stop`: called when the work is broken off, so that what is under way comes to an end.
 
-    Raises `RunStopped` at once."""
+    Raises `FatalError` at once."""
     def attempt(p):
         try: return make(p)
-        except RunStopped: raise
+        except FatalError: raise
         except (SocraticError, Pending) as e: return e
     if workers == 1:
         yield from ((p, attempt(p)) for p in todo)
@@ -314,7 +314,7 @@ def made_at_once(todo:list, make, workers:int=1, stop=None):
 def _pass(plan, todo, make, client, part, rows, lost, bar):
     place = {p['id']: i for i, p in enumerate(plan)}
     workers, stop = (client.workers, lambda: client.close(stop=True)) if client else (1, None)
-    with open(part, 'a', encoding='utf8') as f, closing(made_at_once(todo, make, workers, stop)) as results:
+    with open(part, 'a', encoding='utf8') as f, closing(map_concurrently(todo, make, workers, stop)) as results:
         for p, row in results:
             if isinstance(row, Pending): continue
             if isinstance(row, SocraticError):
@@ -327,7 +327,7 @@ def _pass(plan, todo, make, client, part, rows, lost, bar):
                 f.write(json.dumps(row, ensure_ascii=False) + '\n')
                 f.flush()
             bar.update()
-            if client: bar.set_postfix_str(f'{dollars(client.ledger.bill()["cost"])}, {len(lost)} set aside', refresh=False)
+            if client: bar.set_postfix_str(f'{format_usd(client.ledger.bill()["cost"])}, {len(lost)} set aside', refresh=False)
 
 # %% ../nbs/04_generate.ipynb #cab2ddfa
 def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch:bool=False)->list[dict]:
@@ -338,13 +338,13 @@ def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch
     - `bank`: None loads the topics that the settings name.
     - `batch`: requests go out in batches, for half the price; for a teacher that is made here.
 
-    Raises `SocraticError` if five neighbours fail, or a file cannot be written; `RunStopped` where no further request makes sense."""
+    Raises `SocraticError` if five neighbours fail, or a file cannot be written; `FatalError` where no further request makes sense."""
     s, bank = run.settings, bank or load_topics(run.settings.topics or None)
     teacher, part, plan = teacher or make_teacher(s, bank, run.path('requests'), batch), run.path('sft.part.jsonl'), plan_data(bank, s)
-    client, rows, lost = getattr(teacher, 'client', None), rows_so_far(part), {}
+    client, rows, lost = getattr(teacher, 'client', None), load_partial(part), {}
     part.parent.mkdir(parents=True, exist_ok=True)
-    if (carried := sum(p['split'] == 'train' for p in plan)) < s.n:
-        tqdm.write(f'{len(bank.train)} topics carry at most {carried:,} rows, so that n={s.n:,} becomes {carried:,}, less what repeats another: more cards, or more questions a card, carry more')
+    if (carried := sum(p['split'] == 'train' for p in plan)) < s.n_rows:
+        tqdm.write(f'{len(bank.train)} topics carry at most {carried:,} rows, so that n_rows={s.n_rows:,} becomes {carried:,}, less what repeats another: more cards, or more questions a card, carry more')
     if client and len(rows) < len(plan):
         tqdm.write(forecast_words(forecast(plan, teacher, bank, s), client.model, client.ledger.max_cost, client.batch))
     try:
@@ -352,7 +352,7 @@ def generate(run:Run, teacher:Teacher|None=None, bank:TopicBank|None=None, batch
             while todo := [p for p in plan if p['id'] not in rows and p['id'] not in lost]:
                 _pass(plan, todo, lambda p: make_row(p, teacher, bank, s), client, part, rows, lost, bar)
                 if client and client.pending:
-                    run_batch(client, report=lambda b: bar.set_postfix_str(f'batch {b.status}, {dollars(client.ledger.bill()["cost"])}'))
+                    run_batch(client, report=lambda b: bar.set_postfix_str(f'batch {b.status}, {format_usd(client.ledger.bill()["cost"])}'))
     except OSError as e:
         raise SocraticError(f'{e.filename or part}: {e.strerror or e}; what is done is kept: mend that, and the same command goes on') from None
     finally:
@@ -424,7 +424,7 @@ the project's evaluation come up in no row; rows of the split `validation` are o
 
 ## What it is not
 
-No student ever said these things, and no learning gain was measured. The embedded teacher composes replies out of a card's sentences and a finite list of
+No student ever said these things, and no learning gain was measured. The built-in teacher composes replies out of a card's sentences and a finite list of
 openers: fluent, and less varied than people or large models. It knows what the student said only as far as the plan told it. The cards were checked for
 being right by reading, not by experts in seventeen subjects; a mistake in a card is in every row made from it. English only, school and first-year level.
 

@@ -347,7 +347,7 @@ def pretrain(batches:list[dict], model, lr:float=5e-3, embedding_lr:float=3e-3, 
 def data_digest()->str:
     "A checksum of the files that the corpus is made of."
     import hashlib
-    files = [*sorted(data_path('topics').glob('*.yaml')), data_path('split.yaml'), data_path('embedded_teacher.yaml'), data_path('pocket', 'smalltalk.yaml')]
+    files = [*sorted(data_path('topics').glob('*.yaml')), data_path('split.yaml'), data_path('builtin_teacher.yaml'), data_path('pocket', 'smalltalk.yaml')]
     return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 PHASES = (dict(name='read', passes=20, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
@@ -396,7 +396,7 @@ def build_reference(data:str|Path, report=print)->None:
     import tempfile
     data, settings = Path(data), settings_for('pocket')
     with tempfile.TemporaryDirectory() as tmp:
-        rows = generate(Run.open(f'{tmp}/shipped', settings_for('pocket', n=SHIPPED, opening='varied')))
+        rows = generate(Run.open(f'{tmp}/shipped', settings_for('pocket', n_rows=SHIPPED, opening='varied')))
         own = generate(Run.open(f'{tmp}/own', settings))
     write_jsonl(data/'tutor_v1_sft.jsonl', rows)
     write_atomic(data/'tutor_v1_sft.md', dataset_card(rows, dataset_report(rows)))

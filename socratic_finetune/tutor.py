@@ -10,9 +10,9 @@ import copy, json, math, warnings
 from pathlib import Path
 
 from .config import Settings, SocraticError, data_path, settings_for
-from .finetune import find_base, load_base
+from .finetune import resolve_base_model, load_base
 from .prompting import prompt_ids, set_chat_format, to_messages
-from .speed import gain_of_8_bits, pack_weights
+from .speed import int8_speedup, prepack_weights
 
 # %% ../nbs/07_tutor.ipynb #590e6935
 class Tutor:
@@ -71,9 +71,9 @@ def _for_replies(models, settings, streaming):
         if settings.quantize == '8bit': raise SocraticError(f'quantize="8bit" is for replies on a CPU, and the device here is {first.device.type}: use quantize="none", or device="cpu"')
         return ''
     tried = settings.quantize == 'auto' and streaming and not _small(first)
-    gain = gain_of_8_bits(first.get_input_embeddings().weight.dtype) if tried else 0.
+    gain = int8_speedup(first.get_input_embeddings().weight.dtype) if tried else 0.
     eight = settings.quantize == '8bit' or gain >= WORTH
-    for m in models: pack_weights(m, 8 if eight else 16)
+    for m in models: prepack_weights(m, 8 if eight else 16)
     if not eight: return ''
     why = 'as asked' if settings.quantize == '8bit' else f'which this machine reads {gain:.1f} times as fast; quantize=none keeps them whole'
     return f'Replies come from weights in 8 bits, {why}.'

@@ -95,7 +95,7 @@ def test_adapter_of_another_base(socratic, tmp_path):
 def test_run_folder_of_other_settings(socratic, tmp_path):
     assert socratic('generate', '--n', 6, '--run', 'mine').returncode == 0
     before = (tmp_path/'runs'/'mine'/'sft.jsonl').read_bytes()
-    says(socratic('generate', '--n', 7, '--run', 'mine'), "run 'mine' was begun with n=6, not 7", 'choose another run name')
+    says(socratic('generate', '--n', 7, '--run', 'mine'), "run 'mine' was started with n_rows=6, not 7", 'choose another run name')
     says(socratic('run', '--profile', 'tinyllama', '--run', 'mine'), "profile='pocket', not 'tinyllama'")
     assert (tmp_path/'runs'/'mine'/'sft.jsonl').read_bytes() == before
 
@@ -120,7 +120,7 @@ def test_a_run_keeps_to_cards_of_ones_own(socratic, tmp_path):
     assert socratic('generate', '--run', 'mine').returncode == 0 and (mine/'sft.jsonl').read_bytes() == first
     (tmp_path/'others').mkdir()
     shutil.copy(tmp_path/'cards'/'mine.yaml', tmp_path/'others')
-    says(socratic('generate', '--run', 'mine', '--topics', 'others'), "run 'mine' was begun with topics=", 'others')
+    says(socratic('generate', '--run', 'mine', '--topics', 'others'), "run 'mine' was started with topics=", 'others')
 
 
 def test_few_topics_carry_few_rows(socratic, tmp_path):
@@ -156,9 +156,9 @@ def test_no_constitution(socratic, tmp_path):
     says(call('list.yaml'), 'list.yaml is not a constitution', 'no list `principles`', 'key, text, ask and mend')
     (tmp_path/'half.yaml').write_text('principles: [{key: kind, text: Be kind.}]')
     says(call('half.yaml'), 'kind, ask: field required')
-    assert not (tmp_path/'runs'/'mine').exists(), 'a run was begun with a broken constitution'
+    assert not (tmp_path/'runs'/'mine').exists(), 'a run was started with a broken constitution'
     (tmp_path/'playful.yaml').write_text('principles: [{key: playful, text: Be playful., ask: "Would a child smile?", mend: Make it a game.}]')
-    says(call('playful.yaml'), "the embedded teacher cannot judge 'playful'", 'openai')
+    says(call('playful.yaml'), "the built-in teacher cannot judge 'playful'", 'openai')
 
 
 def test_no_critique_leaves_drafts(socratic, tmp_path):
@@ -171,12 +171,12 @@ def test_dials_of_training_may_be_turned_until_it_begins(socratic, tmp_path):
     assert socratic('generate', '--n', 6, '--run', 'mine').returncode == 0
     done = socratic('train', '--run', 'mine', '--epochs', 1, '--learning_rate', '3e-3')
     assert done.returncode == 0, done.stderr
-    says(socratic('train', '--run', 'mine', '--epochs', 2), "run 'mine' was begun with epochs=1.0, not 2.0")
+    says(socratic('train', '--run', 'mine', '--epochs', 2), "run 'mine' was started with num_train_epochs=1.0, not 2.0")
 
 
 def test_no_key(socratic, tmp_path):
     for args in (['generate', '--teacher', 'openai'], ['judge', '--data_path', data_file(tmp_path, json.dumps(dict(question='Why?', reply='Who?'))), '--judge', 'openai']):
-        says(socratic(*args), 'OPENAI_API_KEY is not set', '.env', 'embedded')
+        says(socratic(*args), 'OPENAI_API_KEY is not set', '.env', 'builtin')
 
 
 def test_misspelt_settings(socratic):

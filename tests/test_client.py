@@ -142,7 +142,7 @@ def client_for(server, folder, timeout=20., **more): return Client('m', base(ser
 
 def made(server, folder, n, **more):
     "A dataset from the server."
-    run = Run.open(str(folder), settings_for(teacher='openai', n=n))
+    run = Run.open(str(folder), settings_for(teacher='openai', n_rows=n))
     client = client_for(server, run.path('requests'), **more)
     rows = generate(run, OpenAITeacher('m', client=client), BANK)
     return rows, read_jsonl(run.path('quarantine.jsonl'))[0], client
@@ -158,7 +158,7 @@ def without_key(folder):
 @pytest.mark.parametrize('n', [100, pytest.param(1500, marks=SLOW)])
 def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, n):
     server.set(mix=FAULTS, broken=0.03, refused=0.02)
-    plan = plan_data(BANK, settings_for(n=n))
+    plan = plan_data(BANK, settings_for(n_rows=n))
     rows, lost, client = made(server, tmp_path/'run', n, timeout=2.5)
     ids = [r['id'] for r in rows]
     assert len(ids) == len(set(ids)) and not set(ids) & {x['id'] for x in lost}
@@ -237,7 +237,7 @@ def test_killed_at_random_points_and_resumed(server, tmp_path, sign):
 def test_torn_line_is_cut_off(server, tmp_path):
     server.set(delay=0.01)
     rows, *_ = made(server, tmp_path/'whole', 12)
-    run = Run.open(str(tmp_path/'torn'), settings_for(teacher='openai', n=12))
+    run = Run.open(str(tmp_path/'torn'), settings_for(teacher='openai', n_rows=12))
     lines = [json.dumps(r, ensure_ascii=False) for r in rows[:3]]
     run.path('sft.part.jsonl').write_text('\n'.join(lines)[:-40], encoding='utf8')
     again, _, client = made(server, tmp_path/'torn', 12)
@@ -256,7 +256,7 @@ def test_full_disk_loses_nothing(server, tmp_path):
         assert 10 < len(kept) and Run.open(str(disk/'run')).diary
         assert not mount('remount,size=20m')
         rows, lost, _ = made(server, disk/'run', 40, workers=4)
-        assert len(rows) + len(lost) == len(plan_data(BANK, settings_for(n=40))) and not kept & set(server.get()['log'][so_far:])
+        assert len(rows) + len(lost) == len(plan_data(BANK, settings_for(n_rows=40))) and not kept & set(server.get()['log'][so_far:])
     finally: subprocess.run(['umount', str(disk)])
 
 
@@ -268,7 +268,7 @@ def test_cap_holds_over_attempts_and_the_forecast_is_near(server, tmp_path):
     rows, _, client = made(server, tmp_path/'run', 60, prices=prices)
     assert sum(json.loads(p.read_text())['cost'] for p in (tmp_path/'run'/'requests').glob('*.json')) == pytest.approx(client.ledger.spent)
     assert sum(server.get()['answered'].values()) == len(answers(tmp_path/'run'))
-    foreseen = forecast(plan_data(BANK, settings_for(n=60)), OpenAITeacher('m', client=client), BANK, settings_for(n=60))
+    foreseen = forecast(plan_data(BANK, settings_for(n_rows=60)), OpenAITeacher('m', client=client), BANK, settings_for(n_rows=60))
     assert 0.6 < foreseen['cost']/client.ledger.spent < 1.6, (foreseen, client.ledger.bill())
 
 
@@ -356,7 +356,7 @@ def test_transformers_serve_with_the_pocket_model(serving, tmp_path):
             with pytest.raises(SocraticError, match='outside the schema|was cut off'): client.ask('You are a tutor.', f'Explain Faraday\'s law. {i}', Reply, seed=i)
     sent = client.ledger.counts['requests']
     assert len(list((tmp_path/'requests').glob('*.json'))) == sent
-    run = Run.open(str(tmp_path/'run'), settings_for(teacher='openai', n=2))
+    run = Run.open(str(tmp_path/'run'), settings_for(teacher='openai', n_rows=2))
     rows = generate(run, OpenAITeacher(model, client=client), BANK)
     lost = read_jsonl(run.path('quarantine.jsonl'))[0]
     assert len(rows) + len(lost) == 2 and all(x['reason'] for x in lost)

@@ -66,7 +66,7 @@ def rows(n=24, split=False):
 
 
 def settings(tiny, **changes):
-    return settings_for('tinyllama', base_model=str(tiny), **{**dict(device='cpu', dtype='float32', epochs=5, batch_size=4, accumulation=1, max_new_tokens=8, samples=0), **changes})
+    return settings_for('tinyllama', base_model=str(tiny), **{**dict(device='cpu', dtype='float32', num_train_epochs=5, batch_size=4, gradient_accumulation_steps=1, max_new_tokens=8, sample_generations=0), **changes})
 
 
 def quiet(_): pass
@@ -162,14 +162,14 @@ def test_no_row_is_cut_to_a_question(tiny, chat_format):
 
 def test_rows_without_a_reply_are_counted_and_named(tiny, tmp_path):
     long, lines = dict(id='the long one', messages=[dict(role='user', content='why '*300), dict(role='assistant', content='What do you see?')]), []
-    out = f.finetune(settings(tiny, epochs=1, max_length=64), [*rows(8), long], tmp_path/'adapter', report=lines.append)
+    out = f.finetune(settings(tiny, num_train_epochs=1, max_length=64), [*rows(8), long], tmp_path/'adapter', report=lines.append)
     assert [d['row'] for d in out['dropped']] == ['the long one'] and 'within 64 tokens' in out['dropped'][0]['reason']
     assert '8 rows' in lines[0] and '1 dropped (row the long one)' in lines[0]
 
 
 @pytest.mark.parametrize('chat_format', ['base', 'llama2'])
 def test_from_checkpoint_to_reply(tiny, tmp_path, chat_format):
-    made = settings_for('tinyllama', base_model=str(tiny), device='cpu', chat_format=chat_format, epochs=2, max_new_tokens=8)
+    made = settings_for('tinyllama', base_model=str(tiny), device='cpu', chat_format=chat_format, num_train_epochs=2, max_new_tokens=8)
     lines = []
     out = f.finetune(made, rows(40, split=True), tmp_path/'adapter', report=lines.append)
     assert out['steps'] == 4 and len([h for h in out['log'] if 'eval_loss' in h]) == 2
@@ -184,11 +184,11 @@ def test_from_checkpoint_to_reply(tiny, tmp_path, chat_format):
 
 def test_a_large_model_is_chatted_with_in_8_bits_where_they_are_faster(tiny, monkeypatch):
     from socratic_finetune import tutor as t
-    from socratic_finetune.speed import can_round
-    if not can_round(): pytest.skip('this torch has no products with 8-bit weights')
+    from socratic_finetune.speed import supports_int8
+    if not supports_int8(): pytest.skip('this torch has no products with 8-bit weights')
     rounded = lambda tutor: any(type(m).__name__ == 'RoundedLinear' for m in tutor.model.modules())
     made, gain = settings_for('tinyllama', base_model=str(tiny), device='cpu', dtype='bfloat16', max_new_tokens=4), [2.]
-    monkeypatch.setattr(t, 'gain_of_8_bits', lambda dtype: gain[0])
+    monkeypatch.setattr(t, 'int8_speedup', lambda dtype: gain[0])
     assert not rounded(Tutor.load(made, streaming=True))                                  # a small one has nothing to gain
     monkeypatch.setattr(t, 'SMALL', 0)
     fast = Tutor.load(made, streaming=True)
@@ -198,15 +198,15 @@ def test_a_large_model_is_chatted_with_in_8_bits_where_they_are_faster(tiny, mon
     assert not rounded(Tutor.load(made, streaming=True))
     assert rounded(Tutor.load(made.model_copy(update=dict(quantize='8bit'))))             # whoever asks for it gets it
     monkeypatch.setattr(t, '_for_replies', lambda *_: '')
-    monkeypatch.setattr('socratic_finetune.speed.can_round', lambda: False)
-    from socratic_finetune.speed import pack_weights
-    with pytest.raises(SocraticError, match='quantize="none"'): pack_weights(Tutor.load(made).model, 8)
+    monkeypatch.setattr('socratic_finetune.speed.supports_int8', lambda: False)
+    from socratic_finetune.speed import prepack_weights
+    with pytest.raises(SocraticError, match='quantize="none"'): prepack_weights(Tutor.load(made).model, 8)
 
 
 def test_a_step_is_the_same_in_few_passes_and_in_many(tiny, tmp_path):
     told = []
     for tokens in (4096, 40):   # all rows of a step at once, or one or two
-        out = f.finetune(settings(tiny, epochs=2, accumulation=2, lora_dropout=0., pass_tokens=tokens), rows(24, split=True), tmp_path/str(tokens), report=quiet)
+        out = f.finetune(settings(tiny, num_train_epochs=2, gradient_accumulation_steps=2, lora_dropout=0., max_tokens_per_microbatch=tokens), rows(24, split=True), tmp_path/str(tokens), report=quiet)
         told.append([h[k] for h in out['log'] for k in ('loss', 'eval_loss') if k in h])
     assert len(told[0]) == 8 and told[1] == pytest.approx(told[0], rel=1e-5)
 
@@ -245,7 +245,7 @@ def a_trainer(tiny, tmp_path, **changes):
 
 
 def test_adapter_and_optimiser_are_float32_on_a_bfloat16_base(tiny, tmp_path):
-    trainer, model = a_trainer(tiny, tmp_path, dtype='bfloat16', epochs=1)
+    trainer, model = a_trainer(tiny, tmp_path, dtype='bfloat16', num_train_epochs=1)
     trainer.train()
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -323,7 +323,7 @@ def killed(*args):
     ('torch.optim.AdamW', 'step', 2),                       # before the first checkpoint
     ('torch.optim.AdamW', 'step', 17),                      # between two
     ('torch', 'save', 8),                                   # in the middle of one: of optimizer, scheduler, random state
-    ('socratic_finetune.finetune', 'seal', 3),              # one is written, and not yet sealed
+    ('socratic_finetune.finetune', 'write_checksums', 3),              # one is written, and not yet sealed
     ('peft.PeftModel', 'save_pretrained', 11),              # while the adapter is saved in the end
     ('socratic_finetune.finetune', 'save_adapter', 1),      # just before
 ])
@@ -335,7 +335,7 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(tiny, tmp_path, undisturbe
 
 
 def test_a_new_adapter_replaces_the_old_one_or_leaves_it(tiny, tmp_path, undisturbed):
-    old = f.finetune(settings(tiny, epochs=1), rows(8), tmp_path/'adapter', report=quiet) and weights(tmp_path/'adapter')
+    old = f.finetune(settings(tiny, num_train_epochs=1), rows(8), tmp_path/'adapter', report=quiet) and weights(tmp_path/'adapter')
     killed(tiny, tmp_path, 'peft.PeftModel', 'save_pretrained', 11)
     assert weights(tmp_path/'adapter') == old and [p for p in tmp_path.iterdir() if p.name.startswith('.adapter.')], 'the half one has another name'
     finish(tiny, tmp_path, undisturbed)
@@ -358,7 +358,7 @@ def test_a_loss_that_is_no_number_stops_it_and_spoils_nothing(tiny, tmp_path, un
         m.setattr(f, '_callbacks', lambda *args: [*inner(*args), At(16, spoil)])
         with pytest.raises(SocraticError, match=r'the loss became nan at step 17: lower learning_rate \(now 0.0002\)'):
             f.finetune(settings(tiny), rows(), tmp_path/'adapter', tmp_path/'checkpoints', quiet)
-    assert not (tmp_path/'adapter').exists() and f.is_whole(tmp_path/'checkpoints'/'checkpoint-15')
+    assert not (tmp_path/'adapter').exists() and f.verify_checkpoint(tmp_path/'checkpoints'/'checkpoint-15')
     assert 'going on from checkpoint-15' in finish(tiny, tmp_path, undisturbed)[0]
 
 
@@ -376,7 +376,7 @@ def test_full_disk_says_so_and_keeps_the_last_checkpoint(tiny, tmp_path, undistu
             m.setattr(f, '_callbacks', lambda *args: [*inner(*args), At(10, fill)])
             with pytest.raises(SocraticError, match='No space left on the disk of .*disk/checkpoints: make room'):
                 f.finetune(settings(tiny), rows(), disk/'adapter', disk/'checkpoints', quiet)
-        assert not (disk/'adapter').exists() and f.is_whole(disk/'checkpoints'/'checkpoint-9')
+        assert not (disk/'adapter').exists() and f.verify_checkpoint(disk/'checkpoints'/'checkpoint-9')
         (disk/'other').unlink()
         assert 'going on from checkpoint-9' in ' '.join(finish(tiny, disk, undisturbed))
     finally: subprocess.run(['umount', str(disk)])
@@ -397,7 +397,7 @@ def test_a_full_disk_while_the_adapter_is_saved_leaves_no_half_one(tiny, tmp_pat
 
 def test_a_full_gpu_is_said_in_words():
     for error in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')):
-        with pytest.raises(SocraticError, match='memory of the GPU is full: halve batch_size'), f.shortage_in_words('runs'): raise error
+        with pytest.raises(SocraticError, match='memory of the GPU is full: halve batch_size'), f.explain_out_of_resources('runs'): raise error
 
 
 # --- more than one process ---------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_a_full_gpu_is_said_in_words():
 def test_two_processes_take_the_steps_of_one(tiny, tmp_path, undisturbed):
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows()), encoding='utf8')
     made = settings(tiny)
-    flags = [x for k in ('dtype', 'epochs', 'batch_size', 'accumulation', 'max_new_tokens', 'samples') for x in ('--set', f'{k}={getattr(made, k)}')]
+    flags = [x for k in ('dtype', 'num_train_epochs', 'batch_size', 'gradient_accumulation_steps', 'max_new_tokens', 'sample_generations') for x in ('--set', f'{k}={getattr(made, k)}')]
     env = {**os.environ, 'SOCRATIC_RUNS': str(tmp_path/'runs'), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
                            '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'socratic_finetune.pipeline', 'train', '--base_model', str(tiny),
@@ -426,7 +426,7 @@ def test_estimate_and_memory_are_said(tiny, tmp_path):
     out = f.finetune(settings(tiny), rows(), tmp_path/'adapter', report=lines.append)
     assert lines[1].startswith('about ') and lines[1].endswith('judging by two batches') and ' GB' in lines[1]
     assert 0.1 < out['memory_gb'] < 100
-    assert [f.in_time(s) for s in (12, 600, 36000)] == ['12 s', '10 min', '10.0 h']
+    assert [f.format_duration(s) for s in (12, 600, 36000)] == ['12 s', '10 min', '10.0 h']
 
 
 def test_estimate_changes_nothing_and_counts_what_is_left(tiny, tmp_path):
@@ -440,12 +440,12 @@ def test_estimate_changes_nothing_and_counts_what_is_left(tiny, tmp_path):
 
 
 def test_replies_on_the_way_are_in_the_log_and_change_nothing(tiny, tmp_path, undisturbed):
-    asked = settings(tiny, samples=2, epochs=2)
+    asked = settings(tiny, sample_generations=2, num_train_epochs=2)
     out = f.finetune(asked, rows(split=True), tmp_path/'with', report=quiet)
     replies = [h for h in out['log'] if 'reply' in h]
     assert [h['step'] for h in replies] == [0, 5, 10] and all(isinstance(h['reply'], str) for h in replies)
     assert 'What is 0 and 0?' in out['asked'] and 'fingers' not in out['asked']
-    f.finetune(settings(tiny, epochs=2), rows(split=True), tmp_path/'without', report=quiet)
+    f.finetune(settings(tiny, num_train_epochs=2), rows(split=True), tmp_path/'without', report=quiet)
     assert weights(tmp_path/'with') == weights(tmp_path/'without')
     json.dumps(out)
 
@@ -453,7 +453,7 @@ def test_replies_on_the_way_are_in_the_log_and_change_nothing(tiny, tmp_path, un
 def test_early_stopping_keeps_the_best_adapter(tiny, tmp_path):
     strange = dict(role='assistant', content='zq xj vk '*4)   # what is learned from the others makes these replies less likely
     some = [r if r['split'] == 'train' else r | dict(messages=[r['messages'][0], strange]) for r in rows(split=True)]
-    made = settings(tiny, early_stop=2, learning_rate=3e-2, epochs=10, warmup=0.)
+    made = settings(tiny, early_stopping_patience=2, learning_rate=3e-2, num_train_epochs=10, warmup_ratio=0.)
     out = f.finetune(made, some, tmp_path/'adapter', report=quiet)
     looks = {h['step']: h['eval_loss'] for h in out['log'] if 'eval_loss' in h}
     assert out['steps'] < 50 and out['best_step'] == min(looks, key=looks.get) and list(looks).index(out['best_step']) == len(looks) - 3
@@ -461,7 +461,7 @@ def test_early_stopping_keeps_the_best_adapter(tiny, tmp_path):
     batch = collate([e for e in f.encode_rows(some, tok, 512)[0] if e['split'] == 'validation'], tok.pad_token_id)
     with torch.no_grad(): loss = PeftModel.from_pretrained(base, tmp_path/'adapter')(**batch).loss.item()
     assert loss == pytest.approx(looks[out['best_step']], rel=1e-3)
-    with pytest.raises(SocraticError, match='early_stop=2 needs validation rows, and these 8 leave none'): f.finetune(made, rows(8), tmp_path/'none', report=quiet)
+    with pytest.raises(SocraticError, match='early_stopping_patience=2 needs validation rows, and these 8 leave none'): f.finetune(made, rows(8), tmp_path/'none', report=quiet)
 
 
 # --- any causal language model -----------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def checkpoint(folder, config):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(data_path('pocket', 'base')).save_pretrained(folder)
-    return settings_for('pocket', base_model=str(folder), epochs=1, batch_size=8, warmup=0., learning_rate=1e-2, max_grad_norm=10., samples=0)
+    return settings_for('pocket', base_model=str(folder), num_train_epochs=1, batch_size=8, warmup_ratio=0., learning_rate=1e-2, max_grad_norm=10., sample_generations=0)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU here'), pytest.mark.xdist_group('gpu')]
 
 
-def on_gpu(tiny, **changes): return settings(tiny, **{**dict(device='cuda', epochs=1, batch_size=4, accumulation=4), **changes})
+def on_gpu(tiny, **changes): return settings(tiny, **{**dict(device='cuda', num_train_epochs=1, batch_size=4, gradient_accumulation_steps=4), **changes})
 
 
 def learned(out):   # so far does a processor's loss fall on these rows in as many steps
@@ -27,7 +27,7 @@ def learned(out):   # so far does a processor's loss fall on these rows in as ma
 
 def test_it_is_chosen_and_trains_in_one_pass_what_a_processor_takes_in_four(tiny, tmp_path):
     assert choose_device(settings_for('tinyllama'))[0].type == 'cuda'
-    lines, made = [], on_gpu(tiny, device='auto', dtype='auto', epochs=10, learning_rate=1e-2)
+    lines, made = [], on_gpu(tiny, device='auto', dtype='auto', num_train_epochs=10, learning_rate=1e-2)
     out = f.finetune(made, rows(40, split=True), tmp_path/'adapter', report=lines.append)
     assert 'cuda' in lines[0] and lines[1].endswith('judging by two batches of 16 rows') and out['steps'] == 20 and out['memory_gb'] > 0
     assert learned(out)
@@ -55,13 +55,13 @@ def test_gradient_is_that_of_padded_32_bit_numbers_on_a_processor(tiny, tmp_path
 
 
 def test_float16_is_trained_with_scaled_gradients(tiny, tmp_path):
-    out = f.finetune(on_gpu(tiny, dtype='float16', epochs=20, learning_rate=1e-2), rows(32), tmp_path/'adapter', report=quiet)
+    out = f.finetune(on_gpu(tiny, dtype='float16', num_train_epochs=20, learning_rate=1e-2), rows(32), tmp_path/'adapter', report=quiet)
     assert learned(out)
 
 
 @pytest.mark.skipif(not find_spec('bitsandbytes'), reason='bitsandbytes is not installed')
 def test_a_base_in_4_bits_is_trained_and_asked(tiny, tmp_path):
-    made = on_gpu(tiny, dtype='bfloat16', quantize='4bit', epochs=10, learning_rate=1e-2)
+    made = on_gpu(tiny, dtype='bfloat16', quantize='4bit', num_train_epochs=10, learning_rate=1e-2)
     out = f.finetune(made, rows(32), tmp_path/'adapter', report=quiet)
     assert learned(out)
     tutor = Tutor.load(made, tmp_path/'adapter')
@@ -69,7 +69,7 @@ def test_a_base_in_4_bits_is_trained_and_asked(tiny, tmp_path):
 
 
 def test_replies_are_those_of_a_processor_one_by_one_and_together(tiny, tmp_path):
-    made, asked = on_gpu(tiny, epochs=10, learning_rate=1e-2, max_new_tokens=24), ['Why?', 'What is 3 and 3?', 'What is 4 and 4, and why is it so?']
+    made, asked = on_gpu(tiny, num_train_epochs=10, learning_rate=1e-2, max_new_tokens=24), ['Why?', 'What is 3 and 3?', 'What is 4 and 4, and why is it so?']
     f.finetune(made, rows(32), tmp_path/'adapter', report=quiet)
     gpu, processor = Tutor.load(made, tmp_path/'adapter'), Tutor.load(made.model_copy(update=dict(device='cpu')), tmp_path/'adapter')
     for arm in gpu.arms:
@@ -85,7 +85,7 @@ def test_a_full_gpu_is_said_in_words(tiny, tmp_path):
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4e6)/room)
         with pytest.raises(SocraticError, match='memory of the GPU is full: halve batch_size'):
-            f.finetune(on_gpu(tiny, batch_size=64, accumulation=1), rows(64), tmp_path/'adapter', report=quiet)
+            f.finetune(on_gpu(tiny, batch_size=64, gradient_accumulation_steps=1), rows(64), tmp_path/'adapter', report=quiet)
     finally: torch.cuda.set_per_process_memory_fraction(1.)
 
 

@@ -69,7 +69,7 @@ def test_modules_depend_one_way():
     for f in NOTEBOOKS:
         source = [''.join(c['source']) for c in json.loads(TEXTS[f])['cells'] if c['cell_type'] == 'code']
         module = next((m[1] for s in source if (m := re.search(r'^#\| *default_exp (\w+)', s, re.M))), None)
-        if module: number[module] = f.name   # names sort as they are read: 03_client before 03_teacher
+        if module: number[module] = f.name   # names sort as they are read: 80_client before 03_teacher
     for module, n in number.items():
         code = (ROOT/'socratic_finetune'/f'{module}.py').read_text(encoding='utf8')
         found = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and n.module]

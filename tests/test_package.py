@@ -6,8 +6,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT/'socratic_finetune').glob('*.py') if not p.stem.startswith('_'))
+LIGHT = ('config', 'pipeline')   # a command imports these two before it knows what it will do
 HEAVY = ('torch', 'transformers', 'trl', 'peft', 'datasets', 'openai', 'matplotlib', 'pandas', 'scipy', 'papermill')
-TOOLS = ('nbdev', 'fastcore', 'execnb', 'ghapi', 'jupyterlab', 'pytest')
+DEVELOPMENT_TOOLS = ('nbdev', 'execnb', 'ghapi', 'jupyterlab', 'pytest')
 
 
 def python(code, cwd, site=None, **env):
@@ -73,11 +74,11 @@ def test_import_is_light(tmp_path):
 
 
 @pytest.mark.parametrize('module', MODULES)
-def test_module_imports_without_heavy_libraries_and_tools(module, tmp_path):
-    block = f'import sys\nfor name in {TOOLS!r}: sys.modules[name] = None\n'
+def test_module_imports_without_development_tools(module, tmp_path):
+    block = f'import sys\nfor name in {DEVELOPMENT_TOOLS!r}: sys.modules[name] = None\n'
     done = python(block + f'import socratic_finetune.{module}\nprint(*[n for n in {HEAVY!r} if n in sys.modules])', tmp_path, ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not done.stdout.split(), f'{module} imports {done.stdout.strip()} when it is imported'
+    if module in LIGHT: assert not done.stdout.split(), f'{module} imports {done.stdout.strip()} when it is imported'
 
 
 def test_requirements_are_pinned_and_within_settings():
