@@ -190,7 +190,17 @@ GROUPS = {
 }
 
 
-class Settings(*reversed(GROUPS.values())):  # pydantic orders the fields from the last base on
+class Settings(
+    EvaluationSettings,
+    MonitoringSettings,
+    ApiSettings,
+    GenerationSettings,
+    TrainingSettings,
+    LoraSettings,
+    HardwareSettings,
+    ModelSettings,
+    DataSettings,
+):
     "All settings of a run, flat. Make one with `settings_for`, which starts from a profile."
 
     model_config = ConfigDict(frozen=True, extra='forbid')
@@ -315,8 +325,8 @@ def numbered_jsonl(
 ) -> tuple[list[tuple[int, dict]], list[dict]]:  # (line number, row) pairs, quarantined lines
     """The rows of a JSON-lines file, each with the number of its line, and its bad lines.
 
-    A quarantined line has `file`, `line` (from 1), `reason` and `text`. Raises `SocraticError` if the
-    file is missing."""
+    A quarantined line has `file`, `line` (from 1), `reason` and `text`. Raises `SocraticError` if
+    the file is missing."""
     path = Path(path)
     if not path.is_file():
         raise SocraticError(
@@ -453,8 +463,8 @@ def open(
 ) -> Run:
     """Open a run, or start it.
 
-    Raises `SocraticError` if it was started with other settings that may not change any more, or if it
-    does not exist and no settings are given."""
+    Raises `SocraticError` if it was started with other settings that may not change any more, or if
+    it does not exist and no settings are given."""
     run = cls(run_folder(name), settings)
     if run.exists(name):
         old = Settings(**run.metadata['settings'])  # settings added since then get their defaults
