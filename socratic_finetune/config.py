@@ -463,8 +463,8 @@ def open(
 ) -> Run:
     """Open a run, or start it.
 
-    Raises `SocraticError` if it was started with other settings that may not change any more, or if
-    it does not exist and no settings are given."""
+    Raises `SocraticError` if it was started with other settings that may not change any more, or
+    if it does not exist and no settings are given."""
     run = cls(run_folder(name), settings)
     if run.exists(name):
         old = Settings(**run.metadata['settings'])  # settings added since then get their defaults
@@ -491,7 +491,7 @@ def begin(
 ) -> Run:
     """Start a run, or continue it with the settings that it was started with.
 
-    Raises `SocraticError` if the run was started with something else than `changes` ask for."""
+    Raises `SocraticError` if the run was started with other values than `changes` ask for."""
     if not cls.exists(name):
         return cls.open(name, settings_for(profile, **changes))
     old = cls.open(name).settings

@@ -71,7 +71,7 @@ def load_constitution(
 ) -> dict[str, Principle]:  # by key, in order
     """The principles of a constitution.
 
-    Raises `SocraticError` that names file and principle if one is malformed or a key occurs twice."""
+    Raises `SocraticError` that names file and principle if one is malformed or occurs twice."""
     path = data_path('constitution.yaml') if path is None else Path(path)
     constitution = {}
     for number, entry in enumerate(_read_principles(path), 1):
