@@ -120,8 +120,8 @@ def reply_spans(
 ) -> list[tuple[int, int]]:  # (first, last + 1) characters of each reply
     """Where the assistant's turns are in the rendered conversation.
 
-    Raises `SocraticError` if the template does not render a conversation as the beginning of a longer
-    one."""
+    Raises `SocraticError` if the template does not render a conversation as the beginning of a
+    longer one."""
     whole = render(tokenizer, messages)
     spans = []
     for i, message in enumerate(messages):
@@ -131,8 +131,8 @@ def reply_spans(
         after = render(tokenizer, messages[: i + 1])
         if not (after.startswith(before) and whole.startswith(after)):
             raise SocraticError(
-                'this chat template rewrites earlier turns, or marks the next reply in another way '
-                'than a reply that is there, so that replies cannot be located in it: '
+                'this chat template rewrites earlier turns, or marks the next reply in another '
+                'way than a reply that is there, so that replies cannot be located in it: '
                 'use chat_format="llama2"'
             )
         spans.append((len(before), len(after)))
@@ -140,7 +140,7 @@ def reply_spans(
 
 # %% ../nbs/05_prompting.ipynb #00c5f007
 def _labels(tokenizer, text, ids, spans):
-    "Token ids inside the spans, -100 elsewhere; white space after the end of a turn is masked too."
+    "Token ids inside the spans, -100 elsewhere and on white space after the end of a turn."
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoded['offset_mapping']
     n_added = len(ids) - len(offsets)  # a BOS token that the text does not show
