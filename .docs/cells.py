@@ -96,11 +96,12 @@ def source_line(cell, page, library, git_url):
 
 def exported_cells(cell, page, library, git_url, with_tables=True):
     """Exported code between the link to its module and the tables of its parameters."""
-    above = source_line(cell, page, library, git_url)
-    tables = dropdowns(cell.source, library.link_names) if with_tables else []
     if is_imports_only(cell.source):
         fold(cell, 'Imports')
-    elif len(cell.source.splitlines()) > MAX_OPEN_LINES:
+        return [cell]
+    above = source_line(cell, page, library, git_url)
+    tables = dropdowns(cell.source, library.link_names) if with_tables else []
+    if len(cell.source.splitlines()) > MAX_OPEN_LINES:
         fold(cell, fold_summary(cell.source))
     texts = [above, '\n\n'.join(tables)]
     before, after = ([new_markdown_cell(text)] if text else [] for text in texts)

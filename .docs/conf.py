@@ -52,7 +52,7 @@ html_theme = 'sphinx_book_theme'
 html_title = project
 html_static_path = ['_static', str(ROOT / '_sphinx' / 'pages' / '_static')]  # MathJax is there
 html_favicon = str(HERE / '_static' / 'favicon.svg')
-html_css_files = ['house.css']
+html_css_files = ['site.css']
 html_context = {'default_mode': 'auto'}  # light or dark, as the reader's system is
 html_theme_options = {
     'repository_url': settings['git_url'],
