@@ -145,10 +145,11 @@ def function_parameters(function, comments, docstring, is_bound=False):
     arguments = arguments_of(function)
     taken = {node.lineno: node for _, node, _ in arguments}
     bullets = bullet_comments(docstring)
+    body_line = function.body[0].lineno
     found = []
     for name, node, default in arguments[1:] if is_bound else arguments:
-        is_last_on_line = taken[node.lineno] is node
-        comment = comment_at(node.lineno, comments, taken) if is_last_on_line else ''
+        has_line_end = taken[node.lineno] is node and node.lineno != body_line
+        comment = comment_at(node.lineno, comments, taken) if has_line_end else ''
         comment = comment or bullets.get(node.arg, '')
         found.append(Parameter(name, type_of(node.annotation), source_of(default), comment))
     result = function.returns
