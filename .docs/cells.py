@@ -3,12 +3,12 @@
 import ast
 import re
 
-from library import EXPORTS, public_names, read_directives
+from library import EXPORTS, read_directives
 from nbformat.v4 import new_markdown_cell
 from pages import tidy
-from parameters import dropdowns
+from parameters import definitions, dropdowns
 
-MAX_OPEN_LINES = 60  # an exported cell that is longer is shown folded
+MAX_OPEN_LINES = 60  # an exported cell with a longer function is shown folded
 CALLOUT = re.compile(r'^:{3,} *\{\.callout-(\w+)([^}]*)\}\n(.*?)\n:{3,} *$', re.M | re.S)
 HEADING = re.compile(r'^#{1,4} +(.+?) *$', re.M)
 REMOVES_CELL = {'hide', 'default_exp'}
@@ -77,11 +77,11 @@ def is_imports_only(code):
     return all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in statements)
 
 
-def fold_summary(code):
-    """What stands over a long cell that is folded."""
-    names = [name for name in public_names(code) if '.' not in name] or public_names(code)
-    subject = f' of {", ".join(names)}' if names else ''
-    return f'Code{subject}, {len(code.splitlines())} lines'
+def long_functions(code):
+    """The functions and methods that do not fit on a screen, by name, with their lengths."""
+    functions = [found for found in definitions(ast.parse(code)) if not found.is_class]
+    lengths = {found.name: found.node.end_lineno - found.node.lineno + 1 for found in functions}
+    return {name: length for name, length in lengths.items() if length > MAX_OPEN_LINES}
 
 
 def source_line(cell, page, library, git_url):
@@ -101,8 +101,10 @@ def exported_cells(cell, page, library, git_url, with_tables=True):
         return [cell]
     above = source_line(cell, page, library, git_url)
     tables = dropdowns(cell.source, library.link_names) if with_tables else []
-    if len(cell.source.splitlines()) > MAX_OPEN_LINES:
-        fold(cell, fold_summary(cell.source))
+    long = long_functions(cell.source)
+    if long:
+        named = ', '.join(f'{name} ({length} lines)' for name, length in long.items())
+        fold(cell, f'Code of {named}')
     texts = [above, '\n\n'.join(tables)]
     before, after = ([new_markdown_cell(text)] if text else [] for text in texts)
     return [*before, cell, *after]

@@ -14,6 +14,8 @@ from textwrap import shorten
 from nbdev.doclinks import patch_name
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+FIELD_CALLS = ('Field', 'field')
+EMPTY_FACTORIES = {'list': '[]', 'dict': '{}', 'set': 'set()', 'tuple': '()'}
 BULLET = re.compile(
     r'^ *- (?P<names>`\*{0,2}\w+`(?:(?:, | and |, and )`\*{0,2}\w+`)*):? +'
     r'(?P<comment>.*?)(?=\n *- |\n *\n|\Z)',
@@ -158,6 +160,21 @@ def function_parameters(function, comments, docstring, is_bound=False):
     return found
 
 
+def field_value(node):
+    """The default and the description of a field, from `Field(…)` of pydantic or `field(…)`."""
+    is_call = isinstance(node, ast.Call) and ast.unparse(node.func).split('.')[-1] in FIELD_CALLS
+    if not is_call:
+        return source_of(node), ''
+    keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+    description = keywords.get('description')
+    comment = description.value if isinstance(description, ast.Constant) else ''
+    factory = source_of(keywords.get('default_factory'))
+    default = node.args[0] if node.args else keywords.get('default')
+    if factory:
+        return EMPTY_FACTORIES.get(factory, f'{factory}()'), comment
+    return source_of(default).removeprefix('...'), comment
+
+
 def field_parameters(node, comments, docstring):
     """The annotated fields of a class without a constructor, such as a dataclass."""
     fields = [
@@ -170,8 +187,10 @@ def field_parameters(node, comments, docstring):
     found = []
     for field in fields:
         name = field.target.id
-        comment = comment_at(field.lineno, comments, taken) or bullets.get(name, '')
-        found.append(Parameter(name, type_of(field.annotation), source_of(field.value), comment))
+        default, description = field_value(field.value)
+        comment = description or comment_at(field.lineno, comments, taken)
+        comment = comment or bullets.get(name, '')
+        found.append(Parameter(name, type_of(field.annotation), default, comment))
     return found
 
 
@@ -185,7 +204,8 @@ def parameters_of(definition, comments):
         if isinstance(member, FUNCTIONS) and member.name == '__init__':
             docstring = f'{docstring or ""}\n\n{ast.get_docstring(member) or ""}'
             return function_parameters(member, comments, docstring, is_bound=True)
-    return field_parameters(node, comments, docstring)
+    is_protocol = any(ast.unparse(base).startswith('Protocol') for base in node.bases)
+    return [] if is_protocol else field_parameters(node, comments, docstring)
 
 
 def escaped(comment):

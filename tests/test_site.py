@@ -43,6 +43,16 @@ class Reader:
     "Reads."
     def close(self): return None
 '''
+FIELDS = """
+class DataSettings(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    teacher: str = Field('builtin', description='who writes')
+    n_rows: int = Field(..., ge=1, description='how many')
+    names: list[str] = field(default_factory=list)   # first names
+
+class Judge(Protocol):
+    name: str
+"""
 
 
 def rows(source):
@@ -98,6 +108,14 @@ def test_a_comment_on_the_body_is_of_no_parameter():
     assert rows('def double(x: int): return 2*x   # twice') == ['| `x` | `int` |']
 
 
+def test_fields_of_a_class():
+    assert rows(FIELDS) == [
+        "| `teacher` | `str` | `'builtin'` | who writes |",
+        '| `n_rows` | `int` |  | how many |',
+        '| `names` | `list[str]` | `[]` | first names |',
+    ]
+
+
 def test_exported_code_is_shown_and_linked():
     cell = new_code_cell('#| export\n' + DOCMENTS)
     prose = new_markdown_cell(
@@ -130,7 +148,7 @@ def test_directives():
         convert(new_code_cell('#| sideways\nx'))
 
 
-def test_long_code_is_folded():
+def test_a_long_function_is_folded():
     body = '\n'.join(f'    x += {number}' for number in range(80))
     (code, *_) = convert(new_code_cell(f'#| exporti\ndef long(x):\n{body}'))[1:]
-    assert code.metadata['mystnb']['code_prompt_show'] == 'Code of long, 81 lines'
+    assert code.metadata['mystnb']['code_prompt_show'] == 'Code of long (81 lines)'
