@@ -465,8 +465,8 @@ PROMPT_INJECTION = re.compile(
             r'\b((this|my|above|following) (tutor )?(reply|response)|the reply) '
             r'(is|was|deserves|earns|merits|has|meets|satisfies|fulfils|should|must|gets|scores)\b'
             r'(?! about\b)',
-            r'\b(socratic|helpful|guiding_question|withholds_answer|on_topic|scaffolding|actionable|'
-            r"encouraging)\b[\"']? ?[:=] ?[\"']?([01](\.\d+)?|max|full|high|true|yes)\b",
+            r'\b(socratic|helpful|guiding_?question|withholds_?answer|on_?topic|scaffolding|'
+            r"actionable|encouraging)\b[\"']? ?[:=] ?[\"']?([01](\.\d+)?|max|full|high|true|yes)\b",
             r'(^|[.!?\])>|*\"] ?)(system|developer|judge|grader) ?'
             r'(prompt|message|note|override)?:',
             r'\bnew (system )?(instructions?|rubric)\b',
