@@ -466,7 +466,8 @@ PROMPT_INJECTION = re.compile(
             r'(is|was|deserves|earns|merits|has|meets|satisfies|fulfils|should|must|gets|scores)\b'
             r'(?! about\b)',
             r'\b(socratic|helpful|guiding_?question|withholds_?answer|on_?topic|scaffolding|'
-            r"actionable|encouraging)\b[\"']? ?[:=] ?[\"']?([01](\.\d+)?|max|full|high|true|yes)\b",
+            r"actionable|encouraging)\b[\"']? ?[:=] ?[\"']?"
+            r'([01](\.\d+)?|max|full|high|true|yes)\b',
             r'(^|[.!?\])>|*\"] ?)(system|developer|judge|grader) ?'
             r'(prompt|message|note|override)?:',
             r'\bnew (system )?(instructions?|rubric)\b',

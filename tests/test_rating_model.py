@@ -1,4 +1,4 @@
-"The rating model: its features and phrases, the file that it reads, and what it says of known replies."
+"The rating model: features, phrases, coefficient file, and what it says of known replies."
 
 import json
 
@@ -89,9 +89,9 @@ def test_telling_is_told_from_asking(model):
     tells = exchange('No, 4 times 3 is 12, so the answer is 12 pens.')
     ratings = [model.predict(extract_features(e)) for e in (asks, tells)]
     assert ratings[0]['revealing_of_the_answer'] < 0.1 < ratings[1]['revealing_of_the_answer']
-    telling = [
-        model.predict_telling(extract_features(e), extract_phrases(e)) for e in (asks, tells)
-    ]
+    telling = []
+    for e in (asks, tells):
+        telling.append(model.predict_telling(extract_features(e), extract_phrases(e)))
     assert telling[0] < telling[1]
 
 
