@@ -203,7 +203,7 @@ def load_base(
         model = model.to(device)
     return _accelerate(model.eval(), settings), tokenizer
 
-# %% ../nbs/81_models.ipynb #aaeae7ee
+# %% ../nbs/81_models.ipynb #5741fe2e
 def peak_memory(
     device: str,  # `cpu`, `cuda` or `mps`
 ) -> float:  # GB: of the GPU for `cuda`, else of the machine
@@ -212,7 +212,7 @@ def peak_memory(
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:  # Windows
         return psutil.Process().memory_info().peak_wset / 1e9
-    # Linux: getrusage may count the process that started this one; the kernel's own record does not
+    # Linux: getrusage may count the process that started this one; the kernel's record doesn't
     with suppress(OSError):
         for line in Path('/proc/self/status').read_text().splitlines():
             if line.startswith('VmHWM'):
