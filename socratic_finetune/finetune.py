@@ -228,7 +228,7 @@ def _evaluation_arguments(settings, n_steps, has_validation):
         )
     return arguments
 
-# %% ../nbs/06_finetune.ipynb #b77ef6da
+# %% ../nbs/06_finetune.ipynb #f2908d18
 FIXED_ARGUMENTS = dict(
     remove_unused_columns=False,
     dataset_kwargs={'skip_prepare_dataset': True},  # rows are tokenized already
@@ -240,6 +240,22 @@ FIXED_ARGUMENTS = dict(
 )
 
 
+def _optimization_arguments(settings, n_processes):
+    batch_size, accumulation_steps = split_batch(settings, n_processes)
+    return dict(
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type='cosine',
+        warmup_steps=settings.warmup_ratio,  # below 1: a fraction of all steps
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        optim='adamw_torch',
+        seed=settings.seed,
+    )
+
+# %% ../nbs/06_finetune.ipynb #c0e07e4b
 def training_arguments(
     settings: Settings,  # the group `training`, and `seed`
     folder: str | Path,  # where checkpoints go
@@ -258,19 +274,7 @@ def training_arguments(
             'use dtype="bfloat16" or "float32"'
         )
     n_steps = count_steps(n_rows, settings)
-    batch_size, accumulation_steps = split_batch(settings, distributed_state(device).num_processes)
-    optimization = dict(
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type='cosine',
-        warmup_steps=settings.warmup_ratio,  # below 1: a fraction of all steps
-        num_train_epochs=settings.num_train_epochs,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation_steps,
-        max_grad_norm=settings.max_grad_norm,
-        optim='adamw_torch',
-        seed=settings.seed,
-    )
+    n_processes = distributed_state(device).num_processes
     hardware = dict(use_cpu=device == 'cpu', bf16=False, fp16=fp16, gradient_checkpointing=False)
     saving = dict(
         output_dir=str(folder),
@@ -279,13 +283,20 @@ def training_arguments(
         save_total_limit=3 if settings.early_stopping_patience else 2,
     )
     return SFTConfig(
-        **optimization,
+        **_optimization_arguments(settings, n_processes),
         **hardware,
         **saving,
         **_evaluation_arguments(settings, n_steps, has_validation),
         **FIXED_ARGUMENTS,
         max_length=settings.max_length,
     )
+
+# %% ../nbs/06_finetune.ipynb #cd4f80f5
+def _as_dataset(
+    encoded: list[dict],  # from `encode_rows`
+) -> Dataset:
+    columns = ('input_ids', 'labels', 'length')
+    return Dataset.from_list([{key: row[key] for key in columns} for row in encoded])
 
 # %% ../nbs/06_finetune.ipynb #af9ed516
 class LoraTrainer(SFTTrainer):
@@ -390,7 +401,7 @@ def _merge_batches(settings, n_batches):
         )
     )
 
-
+# %% ../nbs/06_finetune.ipynb #4c3b1f64
 def _batch_memory(model, tokenizer, train, batch_size):
     "Bytes that a forward and backward pass of the longest rows takes on a GPU, or infinity."
     longest = sorted(train, key=lambda row: row['length'])[-batch_size:]
@@ -451,12 +462,7 @@ def choose_batches(
         collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
     return settings, dict(group_size=group_size, max_tokens=max_tokens, data_collator=collator)
 
-# %% ../nbs/06_finetune.ipynb #9a7a3b1a
-def _as_dataset(encoded):
-    columns = ('input_ids', 'labels', 'length')
-    return Dataset.from_list([{key: row[key] for key in columns} for row in encoded])
-
-
+# %% ../nbs/06_finetune.ipynb #bf7507de
 def _check_validation(train, valid, settings):
     if settings.early_stopping_patience and not valid:
         raise SocraticError(
