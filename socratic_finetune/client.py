@@ -42,7 +42,7 @@ from .config import Settings, SocraticError, data_path, write_atomic
 def openai_client(
     address: str | None = None,  # of the server; None: `OPENAI_BASE_URL`, or else OpenAI's own
 ) -> OpenAI:
-    """An `openai.OpenAI` client from `OPENAI_API_KEY` and, if set, `OPENAI_BASE_URL`; reads `.env`.
+    """An OpenAI client from `OPENAI_API_KEY` and, if set, `OPENAI_BASE_URL`; reads `.env`.
 
     Raises `SocraticError` if there is no key and no address of your own."""
     load_dotenv(find_dotenv(usecwd=True))
@@ -208,8 +208,8 @@ class Ledger:
         "Raises `SocraticError` if there is a limit, and no price to hold it with."
         if max_cost is not None and price is None:
             raise SocraticError(
-                f'max_cost={max_cost:g} cannot be kept: the model has no price in data/prices.yaml, '
-                'so its cost is unknown; write it there, or leave max_cost out'
+                f'max_cost={max_cost:g} cannot be kept: the model has no price in '
+                'data/prices.yaml, so its cost is unknown; write it there, or leave max_cost out'
             )
         self.price = price
         self.max_cost = max_cost
@@ -249,7 +249,7 @@ def reserve(
 ) -> Iterator[None]:
     """Reserve dollars for a request while it is under way.
 
-    Raises `CostCapReached` if they do not fit below `max_cost`, even with no other request left."""
+    Raises `CostCapReached` if they do not fit below `max_cost`, even when no other is left."""
     with self.changed:
         while self.max_cost is not None and self.spent + self.reserved + amount > self.max_cost:
             if not self.n_reserved:
@@ -793,11 +793,11 @@ def read_reply(
 
 # %% ../nbs/80_client.ipynb #a1c00079
 @patch
-def _choose_request(self: Client, with_schema: dict, in_words: dict) -> dict:
+def _choose_request(self: Client, with_schema: dict, with_prompt: dict) -> dict:
     if request_key(with_schema) in self.cache:
         return with_schema
-    if 'response_format' in self.unsupported or request_key(in_words) in self.cache:
-        return in_words
+    if 'response_format' in self.unsupported or request_key(with_prompt) in self.cache:
+        return with_prompt
     return with_schema
 
 
@@ -835,15 +835,15 @@ def _ask(self: Client, messages, schema, **sampling) -> BaseModel:
     with_schema = build_request(
         self.model, messages, unsupported=self.unsupported - {'response_format'}, **options
     )
-    in_words = build_request(self.model, messages, unsupported=no_schema, **options)
-    first = self._choose_request(with_schema, in_words)
+    with_prompt = build_request(self.model, messages, unsupported=no_schema, **options)
+    first = self._choose_request(with_schema, with_prompt)
     found = read_reply(self.answer(first), schema, self.model)
     if first is with_schema:
         self._note_schema_support(found)
     if not isinstance(found, str):
         return found
-    second = in_words
-    if first is in_words:
+    second = with_prompt
+    if first is with_prompt:
         messages = [*messages, *correction(found, schema)]
         second = build_request(self.model, messages, unsupported=no_schema, **options)
     found = read_reply(self.answer(second), schema, self.model)
