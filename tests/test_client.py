@@ -1,311 +1,748 @@
-"The client against real sockets: a server that misbehaves, processes that are killed, a disk that is full, and `transformers serve`."
-import json, multiprocessing, os, random, re, signal, socket, subprocess, sys, threading, time
+"""The client: its parts, and the whole against real sockets.
+
+A server that misbehaves, processes that are killed, a full disk, and `transformers serve`."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 from urllib.request import Request, urlopen
 
+import httpx2
 import pytest
+from openai import OpenAI
+from pydantic import BaseModel
 
-from socratic_finetune.client import Client, CostCapReached, key_of
-from socratic_finetune.config import Run, SocraticError, read_jsonl, settings_for
+from socratic_finetune.client import (
+    Cache,
+    Client,
+    CostCapReached,
+    FatalError,
+    Pending,
+    Price,
+    get_price,
+    openai_client,
+    parse_json,
+    read_reply,
+    repair_json,
+    request_key,
+    run_batch,
+)
+from socratic_finetune.config import Run, SocraticError, read_jsonl, settings_for, write_atomic
 from socratic_finetune.generate import forecast, generate, plan_data
 from socratic_finetune.teacher import OpenAITeacher, Reply
 from socratic_finetune.topics import load_topics
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group('client')   # one server for all of them
 BANK = load_topics()
 KEY = 'sk-' + 'test-0123456789-only-for-this-file'
+OPENAI_ADDRESS = 'https://api.openai.com/v1/'
+REQUEST = dict(model='m', messages=[dict(role='user', content='Why?')])
 SLOW = pytest.mark.skipif(not os.environ.get('SLOW'), reason='takes a while: SLOW=1 runs it')
+pytestmark = pytest.mark.xdist_group('client')  # one server for all of them
 os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
 
 
-# --- a server that misbehaves ----------------------------------------------------------------------------------------
+class Verse(BaseModel):
+    line: str
+    words: list[str] = []
 
-def number(*parts): return int.from_bytes(sha256('|'.join(map(str, parts)).encode()).digest()[:6], 'big')
+
+# --- JSON -------------------------------------------------------------------------------------
 
 
-class Moody(BaseHTTPRequestHandler):
-    """Answers chat completions from what was asked alone, so that two runs can be compared; how often it fails on the way is a matter of chance.
-    `mix`: shares of 429 (with Retry-After), 500, timeouts and cut connections; `broken`, `refused`: shares of answers with broken JSON, and of
-    lessons that are refused each time."""
-    protocol_version, disable_nagle_algorithm, wbufsize = 'HTTP/1.1', True, -1
-    mix, lock, rng = {}, threading.Lock(), random.Random(0)
-    broken = refused = delay = 0.
-    limit = 10**9   # different requests answered, after which the others have to wait
-    log, answered, faults = [], Counter(), Counter()
+@pytest.mark.parametrize(
+    ('text', 'line'),
+    [
+        ('{"line": "What is "force"?"}', 'What is "force"?'),
+        ("{'line': 'What doesn\\'t it\\'s own?', 'words': ['it']}", "What doesn't it's own?"),
+        ("{'line': 'What moves?',} It's easy.", 'What moves?'),
+        ('{"schema": 1} {"line": "b", "words": []}', 'b'),
+        ('In {braces}: {"line": "b",}', 'b'),
+        (r'{"line": "What is $\\frac{1}{2}$?",}', r'What is $\frac{1}{2}$?'),
+        ('{"line": "one\ntwo"}', 'one\ntwo'),
+    ],
+)
+def test_json_with_common_faults(text, line):
+    assert parse_json(text, Verse).line == line
+
+
+def test_valid_json_is_left_as_it_is():
+    verse = Verse(line='It\'s "so", is\nit? [1, 2,]', words=['{', '}', r'\theta'])
+    assert parse_json(f'x {verse.model_dump_json()} y', Verse) == verse
+    assert repair_json(verse.model_dump_json()) == verse.model_dump()
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '{"line": "What mov',
+        '{"line": "What mov}',
+        '{"line": "What mov\n```',
+        "{'line': 'What mov",
+        '{"line": "What is "force"',
+        r'{"line": "What is $\\frac{1}',
+        r'{"line": "What is \theta in \alpha?"}',
+        '{"line":',
+        '{"line": , "words": []}',
+        '{"answer": 1}',
+        'I would rather not.',
+        '',
+    ],
+)
+def test_json_that_cannot_be_repaired_without_a_guess(text):
+    with pytest.raises(ValueError, match='no Verse'):
+        parse_json(text, Verse)
+
+
+@pytest.mark.parametrize('quote', ['"', "'"])
+def test_no_half_string_comes_out_of_an_answer_that_was_cut_off(quote):
+    verse = Verse(line='Let f = {x} [1]: "so", why?', words=['a, b', r'\frac{1}{2}', 'c'])
+    text = verse.model_dump_json()
+    if quote == "'":
+        text = text.replace('\\"', '“').replace('"', "'")
+    whole_strings = {parse_json(text, Verse).line, *verse.words}
+    for end in range(len(text)):
+        try:
+            found = parse_json(text[:end], Verse)
+        except ValueError:
+            continue
+        assert {found.line, *found.words} <= whole_strings, text[:end]
+
+
+# --- prices and the cache ---------------------------------------------------------------------
+
+
+def test_prices():
+    dated = get_price('gpt-4o-2024-08-06', OPENAI_ADDRESS)
+    assert dated.cost(1000, 0, cached=1000) == pytest.approx(0.00125)
+    local = get_price('anything', 'http://localhost:8000/v1')
+    assert local.cost(10**9, 10**9) == 0
+
+
+def test_price_table_that_is_none(tmp_path):
+    table = tmp_path / 'prices.yaml'
+    table.write_text('prices: []')
+    with pytest.raises(SocraticError, match='is not a price table .KeyError'):
+        get_price('m', OPENAI_ADDRESS, table)
+
+
+def test_disk_that_is_full_from_the_start(tmp_path):
+    full = mock.Mock(side_effect=OSError(28, 'No space left on device'))
+    with (
+        mock.patch('socratic_finetune.client.write_atomic', full),
+        pytest.raises(FatalError, match='nothing has been sent'),
+    ):
+        Cache(tmp_path, reserve=1000).reserve_disk()
+
+
+def test_disk_that_becomes_full(tmp_path):
+    cache = Cache(tmp_path, reserve=1000)
+
+    def write(path, content):
+        if (tmp_path / '.reserve').exists():
+            raise OSError(28, 'No space left on device')
+        return write_atomic(path, content)
+
+    cache.reserve_disk()
+    with mock.patch('socratic_finetune.client.write_atomic', write):
+        with pytest.raises(FatalError, match='No space left on device; every answer so far'):
+            cache['late'] = dict(reply='paid for')
+        assert cache['late'] == dict(reply='paid for')
+        with pytest.raises(FatalError, match='every answer so far is kept'):
+            cache.reserve_disk()
+
+
+def test_damaged_file(tmp_path):
+    cache = Cache(tmp_path)
+    cache.path('bad').write_text('{')
+    with pytest.raises(SocraticError, match='is damaged'):
+        cache['bad']
+
+
+# --- a client of a server inside this process -------------------------------------------------
+
+
+def completion_body(content, finish_reason='stop', refusal=None):
+    message = dict(role='assistant', content=content, refusal=refusal)
+    choice = dict(index=0, finish_reason=finish_reason, message=message)
+    return dict(id='x', object='chat.completion', created=0, model='m', choices=[choice])
+
+
+def toy_client(handler, folder, model='m', address='http://localhost/v1', **options):
+    "A client whose requests all go to a function."
+    http = httpx2.Client(transport=httpx2.MockTransport(handler))
+    server = OpenAI(api_key=KEY, base_url=address, http_client=http)
+    return Client(model, server, folder, **{'pause': 0, 'retries': 2, **options})
+
+
+def always(status, **response):
+    return lambda request: httpx2.Response(status, **response)
+
+
+def ask_line(client):
+    return client.ask('You write verse.', 'One line.', Verse)
+
+
+JSON = {'content-type': 'application/json'}
+NO_CREDIT = dict(error=dict(code='insufficient_quota', message=''))
+TOO_LONG = dict(error=dict(message='context too long'))
+
+
+@pytest.mark.parametrize(
+    ('handler', 'message'),
+    [
+        (always(401), 'does not accept the key'),
+        (always(403), 'does not let this key use m'),
+        (always(404), "has no model 'm'"),
+        (always(429, json=NO_CREDIT), 'no credit left'),
+        (always(429, headers={'retry-after': '3600'}), 'asks to wait 3600 s'),
+        (always(400, json=TOO_LONG), r'turned the request down \(400\)'),
+    ],
+)
+def test_errors_that_no_further_attempt_can_help(handler, message, tmp_path):
+    client = toy_client(handler, tmp_path)
+    with pytest.raises(SocraticError, match=message):
+        client.send(REQUEST)
+    assert client.ledger.counts['retries'] == 0
+
+
+@pytest.mark.parametrize(
+    ('handler', 'name'),
+    [
+        (always(503), 'InternalServerError'),
+        (always(429), 'RateLimitError'),
+        (always(200, content=b'{"id": "x", "cho', headers=JSON), 'JSONDecodeError'),
+        (always(200, json=dict(id='x', choices=[])), 'ValueError'),
+    ],
+)
+def test_retries_come_to_an_end(handler, name, tmp_path):
+    client = toy_client(handler, tmp_path)
+    with pytest.raises(SocraticError, match=rf'did not answer in 3 attempts \({name}\)'):
+        client.send(REQUEST)
+    assert client.ledger.counts['retries'] == 2
+
+
+def test_a_stopped_client_does_not_wait(tmp_path):
+    client = toy_client(always(503), tmp_path, pause=60)
+    client.ledger.add = mock.Mock(side_effect=lambda **counts: client.close(stop=True))
+    with pytest.raises(FatalError, match='interrupted'):
+        client.send(REQUEST)
+
+
+def test_nothing_listens(tmp_path):
+    environment = dict(OPENAI_API_KEY=KEY, OPENAI_BASE_URL='http://localhost:1/v1')
+    with (
+        mock.patch.dict(os.environ, environment),
+        pytest.raises(FatalError, match='did not answer in 3 attempts'),
+    ):
+        Client('m', cache=tmp_path, pause=0).ask('Nobody', 'is there.', Verse)
+
+
+def test_no_key(monkeypatch, tmp_path):
+    monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    monkeypatch.delenv('OPENAI_BASE_URL', raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SocraticError, match='OPENAI_API_KEY is not set'):
+        openai_client()
+
+
+def test_cap_without_a_price(tmp_path):
+    with pytest.raises(SocraticError, match='its cost is unknown'):
+        toy_client(always(200), tmp_path, 'gpt-9', OPENAI_ADDRESS, max_cost=1)
+
+
+@pytest.mark.parametrize(
+    ('body', 'message'),
+    [
+        (completion_body('{"lines": 1}'), 'm answered twice outside the schema Verse'),
+        (completion_body('{"line": "What mo', 'length'), 'was cut off'),
+        (completion_body(None, refusal='I would rather not.'), 'm refused: I would rather not'),
+        (completion_body('', 'content_filter'), 'content filter'),
+    ],
+)
+def test_answers_that_cannot_be_used(body, message, tmp_path):
+    with pytest.raises(SocraticError, match=message):
+        ask_line(toy_client(always(200, json=body), tmp_path))
+
+
+def test_whole_answer_before_the_limit_of_tokens():
+    reply = dict(content='{"line": "a"} and so on', refusal=None, finish_reason='length')
+    assert read_reply(reply, Verse, 'm').line == 'a'
+
+
+def test_refusal_is_paid_for_once(tmp_path):
+    client = toy_client(always(200, json=completion_body(None, refusal='No.')), tmp_path)
+    for _ in range(3):
+        with pytest.raises(SocraticError, match='refused'):
+            ask_line(client)
+    assert client.ledger.counts['requests'] == 1
+
+
+def test_no_key_on_disk(tmp_path):
+    body = completion_body(json.dumps(dict(line=f'The key is {KEY}.')))
+    assert ask_line(toy_client(always(200, json=body), tmp_path)).line == 'The key is [key].'
+    assert_without_key(tmp_path)
+
+
+def waiting_client(handler, folder, **options):
+    "A client with one request that waits for its batch."
+    client = toy_client(handler, folder, 'gpt-4o', batch=True, **options)
+    with pytest.raises(Pending):
+        ask_line(client)
+    return client
+
+
+def test_batch_above_the_cap(tmp_path):
+    client = waiting_client(always(200), tmp_path, max_cost=0.001)
+    with pytest.raises(CostCapReached, match=r'max_cost=\$0.001 is reached'):
+        run_batch(client, poll=0)
+
+
+def test_server_without_batches(tmp_path):
+    with pytest.raises(SocraticError, match='knows no batches'):
+        run_batch(waiting_client(always(404), tmp_path), poll=0)
+
+
+def test_ledger_of_an_unknown_price(tmp_path):
+    client = toy_client(always(200, json=completion_body('{"line": "a"}')), tmp_path, 'gpt-9')
+    client.ledger.price = None
+    ask_line(client)
+    assert client.ledger.usage()['cost'] is None and client.cost_bound(REQUEST) == 0
+    assert Price().cost(10**6, 10**6) == 0
+
+
+# --- a server that misbehaves -----------------------------------------------------------------
+
+
+def number(*parts):
+    text = '|'.join(str(part) for part in parts)
+    return int.from_bytes(sha256(text.encode()).digest()[:6], 'big')
+
+
+class UnreliableServer(BaseHTTPRequestHandler):
+    """Answers chat completions from what was asked alone, so that two runs can be compared.
+
+    How often it fails on the way is a matter of chance."""
+
+    protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    fault_shares = {}  # of 429 (with Retry-After), 500, timeouts and cut connections
+    broken = 0.0  # share of answers with broken JSON
+    refused = 0.0  # share of lessons that are refused each time
+    delay = 0.0  # seconds before an answer
+    limit = 10**9  # different requests answered, after which the others have to wait
+    lock = threading.Lock()
+    rng = random.Random(0)
+    log = []  # keys of all requests
+    answered = Counter()  # by key
+    faults = Counter()
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers['Content-Length']))
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         if self.path == '/set':
-            for k, v in json.loads(body).items(): setattr(Moody, k, Counter(v) if k in ('answered', 'faults') else v)
-            return self.say(200, {})
-        request = json.loads(body)
-        key = key_of(request)
+            return self.change(body)
+        key = request_key(body)
+        fault = self.draw_fault(key)
+        if fault == 'key':
+            message = f'Incorrect API key provided: {self.headers["Authorization"][7:]}'
+            return self.reply(401, dict(error=dict(message=message)))
+        if fault == '429':
+            error = dict(message='slow down', code='rate_limit_exceeded')
+            return self.reply(429, dict(error=error), {'Retry-After': '0.05'})
+        if fault == '500':
+            message = f'internal error for {self.headers["Authorization"]}'
+            return self.reply(500, dict(error=dict(message=message)))
+        if fault == 'cut':
+            return self.cut_connection()
+        if fault == 'timeout':
+            time.sleep(4)
+        while len(self.answered) >= self.limit:
+            time.sleep(0.02)
+        time.sleep(self.delay)
+        return self.answer(body, key)
+
+    def change(self, settings):
+        for name, value in settings.items():
+            is_counter = name in ('answered', 'faults')
+            setattr(UnreliableServer, name, Counter(value) if is_counter else value)
+        self.reply(200, {})
+
+    def draw_fault(self, key):
+        none = 1 - sum(self.fault_shares.values())
         with self.lock:
             self.log.append(key)
-            fault = self.rng.choices([*self.mix, None], [*self.mix.values(), 1 - sum(self.mix.values())])[0]
+            fault = self.rng.choices(
+                [*self.fault_shares, None], [*self.fault_shares.values(), none]
+            )[0]
             self.faults[fault] += 1
-        if fault == 'key': return self.say(401, dict(error=dict(message=f"Incorrect API key provided: {self.headers['Authorization'][7:]}")))
-        if fault == '429': return self.say(429, dict(error=dict(message='slow down', code='rate_limit_exceeded')), {'Retry-After': '0.05'})
-        if fault == '500': return self.say(500, dict(error=dict(message=f"internal error for {self.headers['Authorization']}")))
-        if fault == 'timeout': time.sleep(4)
-        if fault == 'cut': return self.cut()
-        while len(self.answered) >= self.limit: time.sleep(0.02)
-        time.sleep(self.delay)
-        self.answer(request, key)
+        return fault
 
     def answer(self, request, key):
-        said, system = request['messages'][1]['content'], request['messages'][0]['content']
-        lesson, asked = said.split('</lesson>')[0], request.get('response_format', {}).get('json_schema', {}).get('name')
-        critique = asked == 'Critique' or not asked and '"verdicts"' in system
-        refusal = 'I cannot help with that.' if number(lesson) % 1000 < 1000*self.refused else None
-        if critique:
-            flawed = '<reply>\nA first' in said and number(said) % 10 < 4
-            found = dict(verdicts=[dict(principle=line[2:].split(':')[0], ok=not (flawed and i == 0), reason='so it seems')
-                                   for i, line in enumerate(re.findall('^- .*', said.split('</reply>')[1], re.M))])
-        else: found = dict(reply=f"{'A second' if '<reply>' in said else 'A first'} question {number(said, request.get('seed')) % 10**6}: what do you see?")
-        text = json.dumps(found)
-        if number('broken', key) % 1000 < 1000*self.broken: text = text[:-2].replace('"', "'", 2) if number(key) % 2 else text[:len(text)//2]
-        usage = dict(prompt_tokens=sum(len(m['content']) for m in request['messages'])//4, completion_tokens=len(text)//4)
-        message = dict(role='assistant', content=None if refusal else text, refusal=refusal)
-        with self.lock: self.answered[key] += 1
-        self.say(200, dict(id='x', object='chat.completion', created=0, model=request['model'], usage=dict(usage, total_tokens=sum(usage.values())),
-                           choices=[dict(index=0, finish_reason='stop', message=message)]))
+        lesson = request['messages'][1]['content'].split('</lesson>')[0]
+        text = json.dumps(self.answer_object(request))
+        if number('broken', key) % 1000 < 1000 * self.broken:
+            quotes = text[:-2].replace('"', "'", 2)
+            text = quotes if number(key) % 2 else text[: len(text) // 2]
+        refusal = None
+        if number(lesson) % 1000 < 1000 * self.refused:
+            refusal = 'I cannot help with that.'
+        n_in = sum(len(message['content']) for message in request['messages']) // 4
+        n_out = len(text) // 4
+        body = completion_body(None if refusal else text, refusal=refusal)
+        body['usage'] = dict(
+            prompt_tokens=n_in, completion_tokens=n_out, total_tokens=n_in + n_out
+        )
+        with self.lock:
+            self.answered[key] += 1
+        self.reply(200, body)
+
+    def answer_object(self, request):
+        "A critique or a reply, whichever is asked for."
+        system, user = [message['content'] for message in request['messages'][:2]]
+        form = request.get('response_format', {}).get('json_schema', {}).get('name')
+        if form != 'Critique' and (form or '"verdicts"' not in system):
+            which = 'A second' if '<reply>' in user else 'A first'
+            draw = number(user, request.get('seed')) % 10**6
+            return dict(reply=f'{which} question {draw}: what do you see?')
+        flawed = '<reply>\nA first' in user and number(user) % 10 < 4
+        verdicts = []
+        for i, line in enumerate(re.findall('^- .*', user.split('</reply>')[1], re.M)):
+            principle = line[2:].split(':')[0]
+            ok = not (flawed and i == 0)
+            verdicts.append(dict(principle=principle, ok=ok, reason='so it seems'))
+        return dict(verdicts=verdicts)
 
     def do_GET(self):
-        with self.lock: self.say(200, dict(log=self.log, answered=self.answered, faults={str(k): n for k, n in self.faults.items()}))
+        with self.lock:
+            faults = {str(name): count for name, count in self.faults.items()}
+            self.reply(200, dict(log=self.log, answered=self.answered, faults=faults))
 
-    def say(self, status, body, headers={}):
-        text = json.dumps(body).encode()
+    def reply(self, status, body, headers=None):
+        content = json.dumps(body).encode()
+        all_headers = {
+            'Content-Type': 'application/json',
+            'Content-Length': len(content),
+            **(headers or {}),
+        }
         try:
             self.send_response(status)
-            for k, v in {'Content-Type': 'application/json', 'Content-Length': len(text), **headers}.items(): self.send_header(k, str(v))
+            for name, value in all_headers.items():
+                self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(text)
-        except OSError: self.close_connection = True   # whoever asked has gone
+            self.wfile.write(content)
+        except OSError:  # the client has gone
+            self.close_connection = True
 
-    def cut(self):
-        self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"id": "x", "cho')
+    def cut_connection(self):
+        head = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n'
+        self.wfile.write(head + b'{"id": "x", "cho')
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
 
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
-class Loopback(ThreadingHTTPServer):
-    request_queue_size, daemon_threads = 256, True
-    def handle_error(self, *_): pass
+class LoopbackServer(ThreadingHTTPServer):
+    request_queue_size = 256
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        pass
 
 
-FAULTS = {'429': 0.10, '500': 0.05, 'timeout': 0.03, 'cut': 0.02}
+FAULT_SHARES = {'429': 0.10, '500': 0.05, 'timeout': 0.03, 'cut': 0.02}
 
 
 class Server:
-    "The server in a process of its own; `ask` reads its log, `set` changes its moods."
+    "The server in a process of its own; `get` reads its log, `set` changes its behaviour."
+
     def __init__(self):
-        listener = Loopback(('127.0.0.1', 0), Moody)
+        listener = LoopbackServer(('127.0.0.1', 0), UnreliableServer)
         self.address = f'http://127.0.0.1:{listener.server_port}/v1'
-        self.process = multiprocessing.get_context('fork').Process(target=listener.serve_forever, daemon=True)
+        context = multiprocessing.get_context('fork')
+        self.process = context.Process(target=listener.serve_forever, daemon=True)
         self.process.start()
         listener.socket.close()
 
-    def get(self): return json.loads(urlopen(self.address.replace('/v1', '/stats')).read())
-    def set(self, **moods): urlopen(Request(self.address.replace('/v1', '/set'), json.dumps(moods).encode(), method='POST')).read()
+    def get(self):
+        return json.loads(urlopen(self.address.replace('/v1', '/stats')).read())
+
+    def set(self, **settings):
+        url = self.address.replace('/v1', '/set')
+        urlopen(Request(url, json.dumps(settings).encode(), method='POST')).read()
 
 
 @pytest.fixture(scope='module')
-def process():
-    s = Server()
-    yield s
-    s.process.kill()
+def server_process():
+    server = Server()
+    yield server
+    server.process.kill()
 
 
 @pytest.fixture
-def server(process):
-    "The server without a past and in a good mood."
-    process.set(mix={}, broken=0., refused=0., delay=0., limit=10**9, log=[], answered={}, faults={})
-    return process
+def server(server_process):
+    "The server without a past and without faults."
+    server_process.set(fault_shares={}, broken=0.0, refused=0.0, delay=0.0, limit=10**9)
+    server_process.set(log=[], answered={}, faults={})
+    return server_process
 
 
-def base(server, timeout):
-    from openai import OpenAI
-    return OpenAI(base_url=server.address, api_key=KEY, timeout=timeout)
+def new_client(server, folder, timeout=20.0, **options):
+    openai = OpenAI(base_url=server.address, api_key=KEY, timeout=timeout)
+    return Client('m', openai, folder, **{'workers': 32, 'pause': 0.02, 'spent': None, **options})
 
 
-def client_for(server, folder, timeout=20., **more): return Client('m', base(server, timeout), folder, **{'workers': 32, 'pause': 0.02, 'spent': None, **more})
-
-
-def made(server, folder, n, **more):
-    "A dataset from the server."
-    run = Run.open(str(folder), settings_for(teacher='openai', n_rows=n))
-    client = client_for(server, run.path('requests'), **more)
+def make_rows(server, folder, n_rows, **options):
+    "A dataset from the server: rows, quarantined rows, and the client."
+    run = Run.open(str(folder), settings_for(teacher='openai', n_rows=n_rows))
+    client = new_client(server, run.path('requests'), **options)
     rows = generate(run, OpenAITeacher('m', client=client), BANK)
-    return rows, read_jsonl(run.path('quarantine.jsonl'))[0], client
+    quarantined, _ = read_jsonl(run.path('quarantine.jsonl'))
+    return rows, quarantined, client
 
 
-def without_key(folder):
-    files = [p for p in Path(folder).rglob('*') if p.is_file()]
-    assert files and not [p for p in files if KEY.encode() in p.read_bytes() or KEY.encode() in str(p).encode()]
+def assert_without_key(folder):
+    files = [path for path in Path(folder).rglob('*') if path.is_file()]
+    assert files
+    for path in files:
+        assert KEY.encode() not in path.read_bytes() and KEY not in str(path)
 
 
-# --- what it must show -----------------------------------------------------------------------------------------------
+def answer_keys(folder):
+    return {path.stem for path in (folder / 'requests').glob('*.json') if len(path.stem) == 64}
 
-@pytest.mark.parametrize('n', [100, pytest.param(1500, marks=SLOW)])
-def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, n):
-    server.set(mix=FAULTS, broken=0.03, refused=0.02)
-    plan = plan_data(BANK, settings_for(n_rows=n))
-    rows, lost, client = made(server, tmp_path/'run', n, timeout=2.5)
-    ids = [r['id'] for r in rows]
-    assert len(ids) == len(set(ids)) and not set(ids) & {x['id'] for x in lost}
-    assert {*ids, *(x['id'] for x in lost)} == {p['id'] for p in plan}
-    assert ids == [p['id'] for p in plan if p['id'] in set(ids)], 'the file is in the order of the plan'
-    why = Counter(next((k for k in ('refused', 'outside the schema', 'repeats') if k in x['reason']), x['reason']) for x in lost)
-    assert set(why) <= {'refused', 'outside the schema', 'repeats'}, why
-    assert len(lost) < 0.1*n
-    seen = server.get()
-    assert all(seen['faults'].get(f, 0) > 0 for f in FAULTS), seen['faults']
-    kept = [p for p in (tmp_path/'run'/'requests').iterdir() if len(p.stem) == 64]
-    assert set(seen['answered']) == {p.stem for p in kept}, 'each answer is kept'
-    late = sum(seen['answered'].values()) - len(kept)
-    assert late <= seen['faults']['timeout'], 'only what came too late to be read was asked for twice'
-    assert client.ledger.counts['retries'] >= sum(seen['faults'][f] for f in FAULTS) - 32
-    without_key(tmp_path)
+
+def reason_kind(row):
+    for kind in ('refused', 'outside the schema', 'repeats'):
+        if kind in row['reason']:
+            return kind
+    return row['reason']
+
+
+# --- what the client must hold against it -----------------------------------------------------
+
+
+@pytest.mark.parametrize('n_rows', [100, pytest.param(1500, marks=SLOW)])
+def test_all_rows_come_out_of_a_server_that_misbehaves(server, tmp_path, capfd, n_rows):
+    server.set(fault_shares=FAULT_SHARES, broken=0.03, refused=0.02)
+    planned = [row['id'] for row in plan_data(BANK, settings_for(n_rows=n_rows))]
+    rows, quarantined, client = make_rows(server, tmp_path / 'run', n_rows, timeout=2.5)
+    ids = [row['id'] for row in rows]
+    quarantined_ids = {row['id'] for row in quarantined}
+    assert len(ids) == len(set(ids)) and not set(ids) & quarantined_ids
+    assert {*ids, *quarantined_ids} == set(planned)
+    in_order = [id_ for id_ in planned if id_ in set(ids)]
+    assert ids == in_order, 'the file is in the order of the plan'
+    reasons = Counter(reason_kind(row) for row in quarantined)
+    assert set(reasons) <= {'refused', 'outside the schema', 'repeats'}, reasons
+    assert len(quarantined) < 0.1 * n_rows
+
+    stats = server.get()
+    assert all(stats['faults'].get(fault, 0) > 0 for fault in FAULT_SHARES), stats['faults']
+    kept = answer_keys(tmp_path / 'run')
+    assert set(stats['answered']) == kept, 'each answer is kept'
+    repeated = sum(stats['answered'].values()) - len(kept)
+    assert repeated <= stats['faults']['timeout'], 'only what came too late was asked for twice'
+    n_faults = sum(stats['faults'][fault] for fault in FAULT_SHARES)
+    assert client.ledger.counts['retries'] >= n_faults - 32
+
+    assert_without_key(tmp_path)
     shown = capfd.readouterr()
-    assert KEY not in shown.out + shown.err and f"{len(lost) - why['repeats']} set aside" in shown.err   # repeats are found at the end
-    with capfd.disabled(): print(f'{len(rows)} rows, {len(lost)} in quarantine {dict(why)}, {len(kept)} answers, {client.ledger.counts["retries"]} retries, faults {seen["faults"]}')
+    assert KEY not in shown.out + shown.err
+    set_aside = len(quarantined) - reasons['repeats']  # repeats are found at the end
+    assert f'{set_aside} set aside' in shown.err
+    with capfd.disabled():
+        print(f'{len(rows)} rows, {len(quarantined)} in quarantine {dict(reasons)},', end=' ')
+        print(f'{len(kept)} answers, {client.ledger.counts["retries"]} retries, {stats["faults"]}')
 
 
-def started(work):
-    "A process of its own for some work; forked, so that it need not import everything again."
+def fork(work):
+    "Do some work in a process of its own; forked, so that it need not import everything again."
     pid = os.fork()
-    if pid: return pid
+    if pid:
+        return pid
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         work()
         os._exit(0)
-    except BaseException: os._exit(1)
+    except BaseException:
+        os._exit(1)
 
 
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def run_and_kill(server, folder, n_rows, n_answers, kill_signal, rng):
+    "A run that is killed when a certain number of answers is there."
+    server.set(limit=n_answers)
+    pid = fork(lambda: make_rows(server, folder, n_rows, workers=8))
+    while len(server.get()['answered']) < n_answers:
+        time.sleep(0.02)
+    time.sleep(rng.random() * 0.02)
+    os.kill(pid, kill_signal)
+    server.set(limit=10**9)
+    os.waitpid(pid, 0)
 
 
-def answers(folder): return {p.stem for p in (folder/'requests').glob('*.json') if len(p.stem) == 64}
-
-
-def cut_off(server, folder, n, points, sign, rng):
-    "Runs that are killed when a certain number of answers is there; yields what was kept, and how far the server's log went."
-    for at in points:
-        server.set(limit=at)
-        pid = started(lambda: made(server, folder, n, workers=8))
-        while len(server.get()['answered']) < at: time.sleep(0.02)
-        time.sleep(rng.random()*0.02)
-        os.kill(pid, sign)
-        server.set(limit=10**9)
-        ended(pid)
-        yield answers(folder), len(server.get()['log'])
-
-
-@pytest.mark.parametrize('sign', [signal.SIGKILL, signal.SIGINT])
-def test_killed_at_random_points_and_resumed(server, tmp_path, sign):
-    n, rng = 40, random.Random(7)
-    server.set(mix={'429': 0.1, '500': 0.05}, broken=0.03, refused=0.02)
-    rows, lost, _ = made(server, tmp_path/'whole', n)
-    total = len(answers(tmp_path/'whole'))
+@pytest.mark.parametrize('kill_signal', [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_random_points_and_resumed(server, tmp_path, kill_signal):
+    n_rows = 40
+    rng = random.Random(7)
+    server.set(fault_shares={'429': 0.1, '500': 0.05}, broken=0.03, refused=0.02)
+    rows, quarantined, _ = make_rows(server, tmp_path / 'whole', n_rows)
+    n_answers = len(answer_keys(tmp_path / 'whole'))
     server.set(log=[], answered={})
-    points = sorted(rng.sample(range(3, total - 12), 10 if sign == signal.SIGKILL else 3))
-    kills = list(cut_off(server, tmp_path/'cut', n, points, sign, rng))
-    assert len({len(k) for k, _ in kills}) > 2
-    again, lost_again, client = made(server, tmp_path/'cut', n)
-    assert again == rows and lost_again == lost
-    assert (tmp_path/'cut'/'sft.jsonl').read_bytes() == (tmp_path/'whole'/'sft.jsonl').read_bytes()
-    seen = server.get()
-    for kept, so_far in kills: assert not kept & set(seen['log'][so_far:]), 'an answered request was sent again'
-    assert answers(tmp_path/'cut') == answers(tmp_path/'whole')
-    in_flight = sum(seen['answered'].values()) - total
-    assert in_flight <= (8*len(kills) if sign == signal.SIGKILL else 0), 'at most what was on its way when a process was killed'
-    assert not (tmp_path/'cut'/'sft.part.jsonl').exists()
-    without_key(tmp_path)
-    print(f'{len(kills)} kills at {points} of {total} answers; {in_flight} answers were on their way at a kill')
+
+    n_kills = 10 if kill_signal == signal.SIGKILL else 3
+    points = sorted(rng.sample(range(3, n_answers - 12), n_kills))
+    kills = []  # answers kept, and how far the server's log went
+    for point in points:
+        run_and_kill(server, tmp_path / 'killed', n_rows, point, kill_signal, rng)
+        kills.append((answer_keys(tmp_path / 'killed'), len(server.get()['log'])))
+    assert len({len(kept) for kept, _ in kills}) > 2
+
+    resumed, resumed_quarantined, _ = make_rows(server, tmp_path / 'killed', n_rows)
+    assert resumed == rows and resumed_quarantined == quarantined
+    written = [(tmp_path / run / 'sft.jsonl').read_bytes() for run in ('killed', 'whole')]
+    assert written[0] == written[1]
+    stats = server.get()
+    for kept, n_logged in kills:
+        assert not kept & set(stats['log'][n_logged:]), 'an answered request was sent again'
+    assert answer_keys(tmp_path / 'killed') == answer_keys(tmp_path / 'whole')
+    repeated = sum(stats['answered'].values()) - n_answers
+    most = 8 * n_kills if kill_signal == signal.SIGKILL else 0
+    assert repeated <= most, 'at most what was on its way when a process was killed'
+    assert not (tmp_path / 'killed' / 'sft.part.jsonl').exists()
+    assert_without_key(tmp_path)
+    print(f'{n_kills} kills at {points} of {n_answers} answers; {repeated} were on their way')
 
 
 def test_torn_line_is_cut_off(server, tmp_path):
     server.set(delay=0.01)
-    rows, *_ = made(server, tmp_path/'whole', 12)
-    run = Run.open(str(tmp_path/'torn'), settings_for(teacher='openai', n_rows=12))
-    lines = [json.dumps(r, ensure_ascii=False) for r in rows[:3]]
+    rows, *_ = make_rows(server, tmp_path / 'whole', 12)
+    run = Run.open(str(tmp_path / 'torn'), settings_for(teacher='openai', n_rows=12))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows[:3]]
     run.path('sft.part.jsonl').write_text('\n'.join(lines)[:-40], encoding='utf8')
-    again, _, client = made(server, tmp_path/'torn', 12)
-    assert again == rows
+    resumed, *_ = make_rows(server, tmp_path / 'torn', 12)
+    assert resumed == rows
+
+
+def mount(folder, options):
+    command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def test_full_disk_loses_nothing(server, tmp_path):
-    disk = tmp_path/'disk'
+    disk = tmp_path / 'disk'
     disk.mkdir()
-    mount = lambda *options: subprocess.run(['mount', '-t', 'tmpfs', '-o', *options, 'tmpfs', str(disk)], capture_output=True).returncode
-    if os.geteuid() or mount('size=1m'): pytest.skip('needs the right to mount a small disk')
+    if os.geteuid() or not mount(disk, 'size=1m'):
+        pytest.skip('needs the right to mount a small disk')
     try:
-        with pytest.raises(SocraticError, match='No space left on device'): made(server, disk/'run', 40, workers=4)
-        kept, so_far = answers(disk/'run'), len(server.get()['log'])
-        assert kept == set(server.get()['answered']), 'each answer that was paid for is on the disk'
-        assert 10 < len(kept) and Run.open(str(disk/'run')).diary
-        assert not mount('remount,size=20m')
-        rows, lost, _ = made(server, disk/'run', 40, workers=4)
-        assert len(rows) + len(lost) == len(plan_data(BANK, settings_for(n_rows=40))) and not kept & set(server.get()['log'][so_far:])
-    finally: subprocess.run(['umount', str(disk)])
+        with pytest.raises(SocraticError, match='No space left on device'):
+            make_rows(server, disk / 'run', 40, workers=4)
+        stats = server.get()
+        kept = answer_keys(disk / 'run')
+        assert kept == set(stats['answered']), 'each answer that was paid for is on the disk'
+        assert len(kept) > 10 and (disk / 'run' / 'run.json').is_file()
+        assert mount(disk, 'remount,size=20m')
+        rows, quarantined, _ = make_rows(server, disk / 'run', 40, workers=4)
+        assert len(rows) + len(quarantined) == len(plan_data(BANK, settings_for(n_rows=40)))
+        assert not kept & set(server.get()['log'][len(stats['log']) :])
+    finally:
+        subprocess.run(['umount', str(disk)])
 
 
-def test_cap_holds_over_attempts_and_the_forecast_is_near(server, tmp_path):
-    prices = tmp_path/'prices.yaml'
-    prices.write_text('models: {m: {input: 2.5, cached: 1.25, output: 10}}')
+@pytest.fixture
+def prices(tmp_path):
+    path = tmp_path / 'prices.yaml'
+    path.write_text('models: {m: {input: 2.5, cached: 1.25, output: 10}}')
+    return path
+
+
+def test_cap_holds_over_attempts_and_the_forecast_is_near(server, tmp_path, prices):
+    folder = tmp_path / 'run'
     for _ in range(2):
-        with pytest.raises(CostCapReached, match='is reached'): made(server, tmp_path/'run', 60, prices=prices, max_cost=0.08)
-    rows, _, client = made(server, tmp_path/'run', 60, prices=prices)
-    assert sum(json.loads(p.read_text())['cost'] for p in (tmp_path/'run'/'requests').glob('*.json')) == pytest.approx(client.ledger.spent)
-    assert sum(server.get()['answered'].values()) == len(answers(tmp_path/'run'))
-    foreseen = forecast(plan_data(BANK, settings_for(n_rows=60)), OpenAITeacher('m', client=client), BANK, settings_for(n_rows=60))
-    assert 0.6 < foreseen['cost']/client.ledger.spent < 1.6, (foreseen, client.ledger.bill())
+        with pytest.raises(CostCapReached, match='is reached'):
+            make_rows(server, folder, 60, prices=prices, max_cost=0.08)
+    _, _, client = make_rows(server, folder, 60, prices=prices)
+    costs = [json.loads(p.read_text())['cost'] for p in (folder / 'requests').glob('*.json')]
+    assert sum(costs) == pytest.approx(client.ledger.spent)
+    assert sum(server.get()['answered'].values()) == len(answer_keys(folder))
+    settings = settings_for(n_rows=60)
+    teacher = OpenAITeacher('m', client=client)
+    expected = forecast(plan_data(BANK, settings), teacher, BANK, settings)
+    assert 0.6 < expected['cost'] / client.ledger.spent < 1.6, (expected, client.ledger.usage())
 
 
-def test_cap_is_never_passed(server, tmp_path):
-    prices = tmp_path/'prices.yaml'
-    prices.write_text('models: {m: {input: 2.5, cached: 1.25, output: 10}}')
-    client = client_for(server, tmp_path/'requests', prices=prices, max_cost=0.06)
+def test_cap_is_never_passed(server, tmp_path, prices):
+    client = new_client(server, tmp_path / 'requests', prices=prices, max_cost=0.06)
+
     def ask(i):
-        try: return client.ask('A system prompt.', f'Line {i}.', Reply)
-        except CostCapReached: return None
-    with ThreadPoolExecutor(32) as pool: found = list(pool.map(ask, range(400)))
-    assert 0.045 < client.ledger.spent <= 0.06 and 0 < sum(x is not None for x in found) < 400
+        try:
+            return client.ask('A system prompt.', f'Line {i}.', Reply)
+        except CostCapReached:
+            return None
+
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(ask, range(400)))
+    assert 0.045 < client.ledger.spent <= 0.06
+    assert 0 < sum(reply is not None for reply in replies) < 400
 
 
 def test_retry_after_is_honoured(server, tmp_path):
-    server.set(mix={'429': 1.})
-    client = client_for(server, tmp_path/'requests', retries=3, pause=0)
-    t = time.monotonic()
-    with pytest.raises(SocraticError, match='did not answer in 4 attempts'): client.ask('System.', 'Line.', Reply)
-    assert time.monotonic() - t >= 3*0.05
+    server.set(fault_shares={'429': 1.0})
+    client = new_client(server, tmp_path / 'requests', retries=3, pause=0)
+    start = time.monotonic()
+    with pytest.raises(SocraticError, match='did not answer in 4 attempts'):
+        client.ask('System.', 'Line.', Reply)
+    assert time.monotonic() - start >= 3 * 0.05  # a server's wish, not a speed
 
 
 def test_wrong_key_stops_at_once_and_is_not_repeated(server, tmp_path):
-    server.set(mix={'key': 1.})
-    env = {**os.environ, 'OPENAI_API_KEY': KEY, 'OPENAI_BASE_URL': server.address, 'SOCRATIC_RUNS': str(tmp_path/'runs'), 'PYTHONPATH': str(ROOT)}
+    server.set(fault_shares={'key': 1.0})
+    environment = {
+        **os.environ,
+        'OPENAI_API_KEY': KEY,
+        'OPENAI_BASE_URL': server.address,
+        'SOCRATIC_RUNS': str(tmp_path / 'runs'),
+        'PYTHONPATH': str(ROOT),
+    }
     code = 'from socratic_finetune.pipeline import main; main()'
-    done = subprocess.run([sys.executable, '-c', code, 'generate', '--teacher', 'openai', '--n', '50', '--run', 'mine', '--max-cost', '3', '--workers', '4'],
-                          cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and 'does not accept the key' in done.stderr and 'Traceback' not in done.stderr
-    assert KEY not in done.stdout + done.stderr and len(server.get()['log']) <= 8
-    without_key(tmp_path/'runs')
+    options = '--teacher openai --n 50 --run mine --max-cost 3 --workers 4'
+    done = subprocess.run(
+        [sys.executable, '-c', code, 'generate', *options.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and 'does not accept the key' in done.stderr
+    assert 'Traceback' not in done.stderr and KEY not in done.stdout + done.stderr
+    assert len(server.get()['log']) <= 8
+    assert_without_key(tmp_path / 'runs')
 
 
 def test_refusals_are_answers(server, tmp_path):
-    server.set(refused=1.)
+    server.set(refused=1.0)
+    message = 'five rows in a row failed; the last: m refused: I cannot help with that'
     for _ in range(2):
-        with pytest.raises(SocraticError, match='five rows in a row failed; the last: m refused: I cannot help with that'): made(server, tmp_path/'run', 50, workers=1)
+        with pytest.raises(SocraticError, match=message):
+            make_rows(server, tmp_path / 'run', 50, workers=1)
     assert max(server.get()['answered'].values()) == 1
 
 
@@ -313,50 +750,72 @@ def test_refusals_are_answers(server, tmp_path):
 def test_many_at_once_takes_hardly_longer_than_the_ideal(server, tmp_path):
     "A benchmark: 300 ms a request, 32 in flight."
     server.set(delay=0.3)
-    client, n = client_for(server, tmp_path/'requests', workers=32), 640
-    t = time.perf_counter()
-    with ThreadPoolExecutor(32) as pool: list(pool.map(lambda i: client.ask('System.', f'Line {i}.', Reply), range(n)))
-    seconds, ideal = time.perf_counter() - t, n/32*0.3
-    print(f'{n} requests in {seconds:.2f} s, {seconds/ideal:.2f} times the ideal {ideal:.1f} s')
-    assert seconds < 1.3*ideal
+    client = new_client(server, tmp_path / 'requests', workers=32)
+    n_requests = 640
+    start = time.perf_counter()
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda i: client.ask('System.', f'Line {i}.', Reply), range(n_requests)))
+    seconds = time.perf_counter() - start
+    ideal = n_requests / 32 * 0.3
+    print(f'{n_requests} requests in {seconds:.2f} s, {seconds / ideal:.2f} times the ideal')
+    assert seconds < 1.3 * ideal
 
 
-# --- a real server ---------------------------------------------------------------------------------------------------
+# --- a real server ----------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
-def serving(tmp_path_factory):
-    "`transformers serve` with the pocket model; yields its address."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    log = open(tmp_path_factory.mktemp('serve')/'log.txt', 'w+')
-    command = [sys.executable, '-c', 'from transformers.cli.transformers import main; main()', 'serve', str(ROOT/'data'/'pocket'/'base'),
-               '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
-    work = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+
+def wait_until_up(process, port):
     for _ in range(1200):
         time.sleep(0.25)
-        if work.poll() is not None: break
-        try: urlopen(f'http://127.0.0.1:{port}/health', timeout=1)
-        except OSError: continue
-        break
-    if work.poll() is not None: raise RuntimeError(Path(log.name).read_text()[-3000:])
-    yield f'http://127.0.0.1:{port}/v1'
-    work.terminate()
-    work.wait()
+        if process.poll() is not None:
+            return
+        try:
+            urlopen(f'http://127.0.0.1:{port}/health', timeout=1)
+            return
+        except OSError:
+            continue
 
 
-def test_transformers_serve_with_the_pocket_model(serving, tmp_path):
-    from openai import OpenAI
-    model = str(ROOT/'data'/'pocket'/'base')
-    client = Client(model, OpenAI(base_url=serving, api_key=KEY, timeout=120), tmp_path/'requests', workers=2, max_tokens=48)
-    said = client.answer(dict(model=model, messages=[dict(role='user', content="Explain Ohm's law.")], max_tokens=48, temperature=0))['content']
-    assert 'current' in said
-    for i in range(4):   # six million parameters write no JSON: what stays unusable is an error in words, paid for once
+@pytest.fixture(scope='module')
+def transformers_serve(tmp_path_factory):
+    "`transformers serve` with the pocket model; yields its address."
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    model = str(ROOT / 'data' / 'pocket' / 'base')
+    code = 'from transformers.cli.transformers import main; main()'
+    options = ['--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
+    path = tmp_path_factory.mktemp('serve') / 'log.txt'
+    with open(path, 'w') as log:
+        process = subprocess.Popen(
+            [sys.executable, '-c', code, 'serve', model, *options],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, 'HF_HUB_OFFLINE': '1'},
+        )
+        wait_until_up(process, port)
+        if process.poll() is not None:
+            raise RuntimeError(path.read_text()[-3000:])
+        yield f'http://127.0.0.1:{port}/v1'
+        process.terminate()
+        process.wait()
+
+
+def test_transformers_serve_with_the_pocket_model(transformers_serve, tmp_path):
+    model = str(ROOT / 'data' / 'pocket' / 'base')
+    openai = OpenAI(base_url=transformers_serve, api_key=KEY, timeout=120)
+    client = Client(model, openai, tmp_path / 'requests', workers=2, max_tokens=48)
+    messages = [dict(role='user', content="Explain Ohm's law.")]
+    request = dict(model=model, messages=messages, max_tokens=48, temperature=0)
+    assert 'current' in client.answer(request)['content']
+    # six million parameters write no JSON: what stays unusable is an error, paid for once
+    for i in range(4):
         for _ in range(2):
-            with pytest.raises(SocraticError, match='outside the schema|was cut off'): client.ask('You are a tutor.', f'Explain Faraday\'s law. {i}', Reply, seed=i)
-    sent = client.ledger.counts['requests']
-    assert len(list((tmp_path/'requests').glob('*.json'))) == sent
-    run = Run.open(str(tmp_path/'run'), settings_for(teacher='openai', n_rows=2))
+            with pytest.raises(SocraticError, match='outside the schema|was cut off'):
+                client.ask('You are a tutor.', f"Explain Faraday's law. {i}", Reply, seed=i)
+    n_sent = client.ledger.counts['requests']
+    assert len(list((tmp_path / 'requests').glob('*.json'))) == n_sent
+    run = Run.open(str(tmp_path / 'run'), settings_for(teacher='openai', n_rows=2))
     rows = generate(run, OpenAITeacher(model, client=client), BANK)
-    lost = read_jsonl(run.path('quarantine.jsonl'))[0]
-    assert len(rows) + len(lost) == 2 and all(x['reason'] for x in lost)
+    quarantined, _ = read_jsonl(run.path('quarantine.jsonl'))
+    assert len(rows) + len(quarantined) == 2 and all(row['reason'] for row in quarantined)
