@@ -32,16 +32,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .config import choose_device, data_path, settings_for, write_atomic
-from socratic_finetune.finetune import (
-    add_adapter,
-    encode_rows,
-    load_base,
-    make_trainer,
-    peak_memory,
-    synchronize,
-)
-from .generate import read_rows
+from .config import data_path, settings_for, write_atomic
+from .models import choose_device
+from .finetune import add_adapter, encode_rows, make_trainer
+from .models import load_base, peak_memory, synchronize
+from .rows import read_rows
 from .prompting import prompt_ids, to_messages
 from .speed import TINYLLAMA, best_seconds
 from .tutor import Tutor, stream_ids

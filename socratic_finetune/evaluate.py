@@ -49,7 +49,7 @@ from socratic_finetune.topics import (
     reserved_questions,
     words,
 )
-from .tutor import load_tutor
+from .tutor import Tutor
 
 # %% ../nbs/10_evaluate.ipynb #95abae86
 def _question_row(question, bank, known):
@@ -404,7 +404,7 @@ def _replies_of_run(run, rows, adapter, adapters):
             uses_adapter = ARMS[arm].model == 'tuned'
             fingerprints[arm] = reply_fingerprint(settings, folder if uses_adapter else None, arm)
         return collect_replies(
-            lambda: load_tutor(settings, folder), rows, arms, path, fingerprints, names
+            lambda: Tutor.load(settings, folder), rows, arms, path, fingerprints, names
         )
 
     own = Path(adapter) if adapter else run.input('adapter', 'pocket/adapter')

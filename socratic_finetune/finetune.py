@@ -41,7 +41,7 @@ from socratic_finetune.checkpoints import (
     write_checksums,
 )
 from .config import Run, Settings, SocraticError, versions, write_atomic
-from .generate import read_rows
+from .rows import read_rows
 from socratic_finetune.models import (
     _accelerate,
     choose_device,

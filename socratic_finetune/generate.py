@@ -502,7 +502,7 @@ class _Progress:
     def _update(self):
         self.bar.update()
         if self.client:
-            cost = format_usd(self.client.ledger.bill()['cost'])
+            cost = format_usd(self.client.ledger.usage()['cost'])
             self.bar.set_postfix_str(f'{cost}, {len(self.failed)} set aside', refresh=False)
 
 # %% ../nbs/04_generate.ipynb #00d40014
@@ -527,7 +527,7 @@ def _make_all(progress, make):
     client = progress.client
 
     def show_batch(batch):
-        cost = format_usd(client.ledger.bill()['cost'])
+        cost = format_usd(client.ledger.usage()['cost'])
         progress.bar.set_postfix_str(f'batch {batch.status}, {cost}')
 
     try:
@@ -603,7 +603,7 @@ def run_generate(
         rows = generate(run, teacher, bank)
         result['rows'] = len(rows)
         if hasattr(teacher, 'client'):
-            result['requests'] = teacher.client.ledger.bill()
+            result['requests'] = teacher.client.ledger.usage()
     return rows
 
 # %% ../nbs/04_generate.ipynb #deb7551c

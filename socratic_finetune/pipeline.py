@@ -622,17 +622,17 @@ def open_tutor(
     run: str,  # name of a run
     model_dir: Path | None,  # an adapter's folder
     base_model: str | None,  # must be the base that the adapter was trained on
-    streaming: bool = False,  # see `load_tutor`
+    streaming: bool = False,  # see `Tutor.load`
     **changes,  # settings to change
 ):  # a `Tutor`
     """The tutor of an adapter's folder, of a run, or the bundled one: the first that is there.
 
     Raises `SocraticError` if base and adapter do not belong together."""
-    from socratic_finetune.tutor import load_tutor
+    from socratic_finetune.tutor import Tutor
 
     folder = Path(run) if '/' in run else runs_dir() / run
     adapter = model_dir or Run(folder, None).input('adapter', 'pocket/adapter')
-    return load_tutor(
+    return Tutor.load(
         adapter_settings(adapter, base_model=base_model, **changes), adapter, streaming
     )
 
@@ -731,8 +731,8 @@ def chat_command(
         code = serve_chat(run, base=base, tuned=tuned, port=port, browser=browser)
         raise typer.Exit(code)
 
-    from socratic_finetune.servers import connect_models
-    from socratic_finetune.terminal import chat_terminal
+    from socratic_finetune.chat import connect_models
+    from socratic_finetune.chat import chat_terminal
 
     def load():
         changes = parse_settings(overrides)

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import yaml
 
-from .config import Run, choose_device, data_path, seed_everything, settings_for, versions, write_atomic, write_jsonl
+from socratic_finetune.config import (
+    Run,
+    data_path,
+    seed_everything,
+    settings_for,
+    versions,
+    write_atomic,
+    write_jsonl,
+)
+from .models import choose_device
 from .finetune import finetune
 from .generate import dataset_card, dataset_report, generate, plan_lesson
 from .teacher import Turn, compose

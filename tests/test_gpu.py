@@ -16,14 +16,10 @@ from peft import PeftModel
 from test_finetune import quiet, rows, settings, tiny
 from transformers import AutoModelForCausalLM
 
-from socratic_finetune.config import SocraticError, choose_device, settings_for
-from socratic_finetune.finetune import (
-    add_adapter,
-    encode_rows,
-    finetune,
-    load_base,
-    make_trainer,
-)
+from socratic_finetune.config import SocraticError, settings_for
+from socratic_finetune.models import choose_device
+from socratic_finetune.finetune import add_adapter, encode_rows, finetune, make_trainer
+from socratic_finetune.models import load_base
 from socratic_finetune.prompting import collate
 from socratic_finetune.tutor import Tutor
 

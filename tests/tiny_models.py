@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from socratic_finetune.config import data_path, settings_for
 from socratic_finetune.finetune import finetune
-from socratic_finetune.generate import read_rows
+from socratic_finetune.rows import read_rows
 
 # as in the tokenizer_config.json of TinyLlama-1.1B-Chat-v1.0
 ZEPHYR = (
