@@ -168,8 +168,8 @@ def read_rows(
 ) -> tuple[list[dict], list[dict]]:  # rows with `messages`, quarantined rows
     """Training rows in any of the common formats.
 
-    A quarantined row has `file`, `line`, `reason` and `text`. Raises `SocraticError` if the file is
-    missing, or holds no usable row."""
+    A quarantined row has `file`, `line`, `reason` and `text`. Raises `SocraticError` if the file
+    is missing, or holds no usable row."""
     numbered, quarantined = read_table(path)
     rows = []
     for line, row in numbered:
