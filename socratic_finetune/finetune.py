@@ -43,7 +43,6 @@ from socratic_finetune.checkpoints import (
 from .config import Run, Settings, SocraticError, versions, write_atomic
 from .rows import read_rows
 from socratic_finetune.models import (
-    _accelerate,
     choose_device,
     distributed_state,
     load_base,
@@ -51,7 +50,12 @@ from socratic_finetune.models import (
     synchronize,
 )
 from .prompting import collate, encode
-from .speed import chunked_cross_entropy, pack_microbatches, supports_packing
+from socratic_finetune.speed import (
+    accelerate_model,
+    chunked_cross_entropy,
+    pack_microbatches,
+    supports_packing,
+)
 
 # %% ../nbs/06_finetune.ipynb #6071d9db
 def _linear_layers(model) -> set[str]:
@@ -487,7 +491,8 @@ def make_trainer(
     Raises `SocraticError` if `early_stopping_patience` is set and there are no validation rows.
     """
     _check_validation(train, valid, settings)
-    _accelerate(model, settings, training=True)
+    if settings.fast_kernels:
+        accelerate_model(model, training=True)
     settings, batch_arguments = choose_batches(model, tokenizer, train, settings)
     fp16 = model.dtype == torch.float16
     args = training_arguments(settings, folder, device, len(train), bool(valid), fp16)

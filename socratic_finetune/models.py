@@ -22,12 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .config import Settings, SocraticError, data_path
 from .prompting import set_chat_format
-from socratic_finetune.speed import (
-    best_seconds,
-    slice_layers,
-    speed_up_adapters,
-    use_grouped_attention,
-)
+from .speed import accelerate_model, best_seconds
 
 try:
     import resource
@@ -160,18 +155,6 @@ def quantization_arguments(
     gpu = distributed_state(device.type).local_process_index
     return dict(quantization_config=config, device_map={'': gpu})
 
-# %% ../nbs/81_models.ipynb #a39abbfb
-def _accelerate(model, settings: Settings, training: bool = False):
-    "Replace layers by faster ones, unless `fast_kernels` is off; returns the model."
-    if not settings.fast_kernels:
-        return model
-    use_grouped_attention(model)
-    if training:
-        speed_up_adapters(model)
-        if model.device.type == 'cpu':
-            slice_layers(model)
-    return model
-
 # %% ../nbs/81_models.ipynb #37117240
 def load_base(
     settings: Settings,  # the groups `model` and `hardware`
@@ -201,7 +184,9 @@ def load_base(
     model.config._name_or_path = settings.base_model
     if not quantization:
         model = model.to(device)
-    return _accelerate(model.eval(), settings), tokenizer
+    if settings.fast_kernels:
+        accelerate_model(model)
+    return model.eval(), tokenizer
 
 # %% ../nbs/81_models.ipynb #5741fe2e
 def peak_memory(
