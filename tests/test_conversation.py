@@ -61,6 +61,26 @@ HOSTILE = [
 TAGS = {'p', 'br', 'strong', 'em', 'code', 'pre', 'ul', 'ol', 'li', 'h4'}
 
 
+class BrokenTutor(ScriptedTutor):
+    "Fails after its first word."
+
+    def stream(self, messages, arm='tuned', stop=None, **sampling):
+        yield 'Well, '
+        raise MemoryError('no room left')
+
+
+class ClosableTutor(ScriptedTutor):
+    "Notes that its stream was closed."
+
+    closed = False
+
+    def stream(self, messages, arm='tuned', stop=None, **sampling):
+        try:
+            yield from ['one ', 'two ', 'three ']
+        finally:
+            self.closed = True
+
+
 @pytest.fixture
 def tutor():
     return ScriptedTutor(REPLIES)
@@ -164,11 +184,6 @@ def test_a_message_that_is_too_long_fails_in_words(tutor):
 
 
 def test_a_model_that_fails_can_be_asked_again(tutor):
-    class BrokenTutor(ScriptedTutor):
-        def stream(self, messages, arm='tuned', stop=None, **sampling):
-            yield 'Well, '
-            raise MemoryError('no room left')
-
     conversation = Conversation()
     conversation.ask('Why?')
     answer = generate_answer(conversation, BrokenTutor(REPLIES), 'base')
@@ -187,23 +202,16 @@ def test_a_silent_model_is_noticed():
     )
 
 
-def test_the_stream_is_closed_when_it_is_stopped(tutor):
-    closed = []
-
-    class Server(ScriptedTutor):
-        def stream(self, messages, arm='tuned', stop=None, **sampling):
-            try:
-                yield from ['one ', 'two ', 'three ']
-            finally:
-                closed.append(True)
-
+def test_the_stream_is_closed_when_it_is_stopped():
+    tutor = ClosableTutor(REPLIES)
     stop = threading.Event()
     conversation = Conversation(('tuned',))
     conversation.ask('Why?')
     answer = generate_answer(
-        conversation, Server(REPLIES), 'tuned', stop, lambda answer: answer.text and stop.set()
+        conversation, tutor, 'tuned', stop, lambda answer: answer.text and stop.set()
     )
-    assert (answer.status, answer.text, closed) == ('stopped', 'one ', [True])
+    assert (answer.status, answer.text) == ('stopped', 'one ')
+    assert tutor.closed
 
 
 def test_only_finished_replies_are_rows(conversation, tutor):
