@@ -1,110 +1,150 @@
-"The terminal chat in a real pseudo-terminal, in a pipe, and with servers as its sides."
-import json, os, re, select, signal, subprocess, sys, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+"The terminal chat in a real pseudo-terminal, and in a pipe."
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from socratic_finetune.conversation import ScriptedTutor
+from socratic_finetune.terminal import Terminal, chat_terminal
+
 pty = pytest.importorskip('pty', reason='this system has no pseudo-terminals')
+fcntl = pytest.importorskip('fcntl')
+termios = pytest.importorskip('termios')
 
-TOY = '''
-from socratic_finetune.chat import chat_terminal
-from socratic_finetune.config import settings_for
+PROGRAM = r"""
+from socratic_finetune.conversation import ScriptedTutor
+from socratic_finetune.terminal import chat_terminal
 
-class Toy:
-    arms, system, tokenizer, model, settings = ('base', 'tuned'), 'You are a tutor.', None, None, settings_for()
+
+class Toy(ScriptedTutor):
     def stream(self, messages, arm='tuned', stop=None, **sampling):
-        asked = messages[-1]['content']
-        words = ['word'] * 600 if asked == 'slow' else ['\\x1b[2Jdanger'] if asked == 'escape' else f'{arm} heard {len(messages)} messages at {sampling["temperature"]}.'.split()
-        for i, w in enumerate(words):
-            if stop.wait(0.02): return
-            yield w if i == 0 else ' ' + w
+        message = messages[-1]['content']
+        words = f'{arm} heard {len(messages)} messages at {sampling["temperature"]}.'.split()
+        if message == 'slow':
+            words = ['word'] * 600
+        if message == 'escape':
+            words = ['\x1b[2Jdanger']
+        for i, word in enumerate(words):
+            if stop.wait(0.02):
+                return
+            yield word if i == 0 else ' ' + word
 
-chat_terminal(Toy())
+
+chat_terminal(Toy({'base': '', 'tuned': ''}))
 print('left in peace', flush=True)
-'''
+"""
+
+
+def take_terminal():
+    "Make the pseudo-terminal the program's own, so that Ctrl-C reaches it as from a keyboard."
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background jobs
 
 
 class Shell:
     "A program in a pseudo-terminal."
+
     def __init__(self, folder):
         self.master, slave = pty.openpty()
         env = {**os.environ, 'TERM': 'xterm', 'PYTHONUNBUFFERED': '1'}
         env.pop('NO_COLOR', None)
-        def control(): # the pseudo-terminal becomes the program's own, so that Ctrl-C reaches it as it would from a keyboard
-            import fcntl, termios
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell that starts the tests in the background has it ignored, and that is inherited
-        self.program = subprocess.Popen([sys.executable, '-c', TOY], stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=env, start_new_session=True, preexec_fn=control)
+        self.program = subprocess.Popen(
+            [sys.executable, '-c', PROGRAM],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=folder,
+            env=env,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
         os.close(slave)
-        self.seen = self.raw = ''
+        self.raw = ''
+        self.text = ''  # without the codes for colours and the cursor
 
-    def type(self, keys): os.write(self.master, keys.encode())
+    def type(self, keys):
+        os.write(self.master, keys.encode())
 
     def until(self, text, seconds=30):
         "Read until a text has come, and return what came since the last call."
-        end, start = time.monotonic() + seconds, len(self.seen)
-        while text not in self.seen[start:]:
-            assert time.monotonic() < end, f'no {text!r} in {self.seen[start:]!r}'
+        deadline = time.monotonic() + seconds
+        start = len(self.text)
+        while text not in self.text[start:]:
+            assert time.monotonic() < deadline, f'no {text!r} in {self.text[start:]!r}'
             if select.select([self.master], [], [], 0.2)[0]:
-                try: data = os.read(self.master, 4096)
-                except OSError: data = b''
-                assert data, f'ended without {text!r}: {self.seen[start:]!r}'
-                self.raw += data.decode(errors='replace')
-                self.seen = re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]', '', self.raw)
-        return self.seen[start:]
+                self._read(text)
+        return self.text[start:]
+
+    def _read(self, expected):
+        try:
+            data = os.read(self.master, 4096)
+        except OSError:
+            data = b''
+        assert data, f'ended without {expected!r}: {self.text!r}'
+        self.raw += data.decode(errors='replace')
+        self.text = re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]', '', self.raw)
 
     def press(self, key, text):
-        "Press a key until a text comes: Python acts on a signal that arrives just before readline waits only at the next key."
+        """Press a key until a text comes.
+
+        Python acts on a signal that arrives just before readline waits only at the next key."""
         for _ in range(100):
             self.type(key)
-            start = len(self.seen)
-            try: return self.until(text, 1)
+            start = len(self.text)
+            try:
+                return self.until(text, 1)
             except AssertionError:
-                if self.program.poll() is not None: raise
-                if text in self.seen[start:]: return
+                if self.program.poll() is not None:
+                    raise
+                if text in self.text[start:]:
+                    return None
         raise AssertionError(f'no {text!r} after 100 times {key!r}')
 
+    def enter(self, line):
+        "Type a line, and return what came until the next prompt."
+        self.type(line + '\n')
+        return self.until('you> ')
+
     def close(self):
-        if self.program.poll() is None: self.program.kill()
+        if self.program.poll() is None:
+            self.program.kill()
         self.program.wait()
         os.close(self.master)
 
 
 @pytest.fixture
 def shell(tmp_path):
-    s = Shell(tmp_path)
-    yield s
-    s.close()
+    shell = Shell(tmp_path)
+    yield shell
+    shell.close()
 
 
 def test_a_conversation(shell, tmp_path):
     shell.until('you> ')
-    shell.type('hello\n')
-    said = shell.until('you> ')
-    assert 'base> base heard 2 messages at 0.0.' in said and 'tuned> tuned heard 2 messages at 0.0.' in said
-    shell.type('/tuned\n')
-    shell.until('you> ')
-    shell.type('and then?\n')
-    said = shell.until('you> ')
-    assert 'tuned heard 4 messages' in said and 'base>' not in said
-    shell.type('/retry\n')
-    assert 'at 0.7' in shell.until('you> ')
-    shell.type('/nonsense\n')
-    assert 'there is no command /nonsense' in shell.until('you> ')
-    shell.type('/help\n')
-    assert '/reset' in shell.until('you> ')
-    shell.type('/save talk.jsonl\n')
-    assert 'saved as talk.jsonl' in shell.until('you> ')
-    assert [r['user'] for r in map(json.loads, Path(tmp_path/'talk.jsonl').read_text().splitlines())] == ['hello', 'hello', 'and then?']
-    shell.type('/reset\n')
-    shell.until('you> ')
-    shell.type('/both\n')
-    shell.until('you> ')
-    shell.type('again\n')
-    assert 'base heard 2 messages' in shell.until('you> ')
-    shell.type('escape\n')
-    shell.until('you> ')
+    output = shell.enter('hello')
+    assert 'base> base heard 2 messages at 0.0.' in output
+    assert 'tuned> tuned heard 2 messages at 0.0.' in output
+    shell.enter('/tuned')
+    output = shell.enter('and then?')
+    assert 'tuned heard 4 messages' in output and 'base>' not in output
+    assert 'at 0.7' in shell.enter('/retry')
+    assert 'there is no command /nonsense' in shell.enter('/nonsense')
+    assert '/reset' in shell.enter('/help')
+    assert 'saved as talk.jsonl' in shell.enter('/save talk.jsonl')
+    lines = Path(tmp_path / 'talk.jsonl').read_text().splitlines()
+    assert [json.loads(line)['user'] for line in lines] == ['hello', 'hello', 'and then?']
+    shell.enter('/reset')
+    shell.enter('/both')
+    assert 'base heard 2 messages' in shell.enter('again')
+    shell.enter('escape')
     assert '\x1b[2J' not in shell.raw
     shell.type('exit\n')
     shell.until('left in peace')
@@ -116,76 +156,92 @@ def test_control_c_stops_the_reply_and_control_d_leaves(shell):
     shell.type('slow\n')
     shell.until('word word word')
     shell.type('\x03')
-    said = shell.until('you> ')
-    assert '[stopped]' in said and said.count('word') < 500
+    output = shell.until('you> ')
+    assert '[stopped]' in output and output.count('word') < 500
     shell.press('\x03', 'Ctrl-D leaves')
     shell.type('hello\n')
     shell.until('tuned heard')
     shell.until('you> ')
-    shell.type('\x1b[A\n')                                  # arrow up: the last line again
-    assert 'heard' in shell.until('you> ')
+    assert 'heard' in shell.enter('\x1b[A')  # arrow up: the last line again
     shell.type('\x04')
     shell.until('left in peace')
     assert shell.program.wait(10) == 0
 
 
 def test_a_pipe_gets_replies_and_nothing_else():
-    done = subprocess.run([sys.executable, '-c', TOY], input='/tuned\nhello\n\n', capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM],
+        input='/tuned\nhello\n\n',
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, 'tuned will answer\n')
     assert done.stdout == 'tuned heard 2 messages at 0.0.\nleft in peace\n'
 
 
-class Server(BaseHTTPRequestHandler):
-    "An OpenAI-compatible server with two models, each of which says its name, the number of messages, and no more."
-    protocol_version = 'HTTP/1.0'
+class BrokenTutor(ScriptedTutor):
+    "Fails after its first word."
 
-    def do_GET(self): self.say('application/json', json.dumps(dict(object='list', data=[dict(id='large', object='model'), dict(id='small', object='model')])))
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-        words = f"{asked['model']} heard {len(asked['messages'])} messages".split(' ')
-        pieces = [dict(choices=[dict(index=0, delta=dict(content=w if i == 0 else f' {w}'))]) for i, w in enumerate(words)]
-        self.say('text/event-stream', ''.join(f'data: {json.dumps(p)}\n\n' for p in pieces) + 'data: [DONE]\n\n')
-
-    def say(self, kind, text):
-        self.send_response(200)
-        self.send_header('Content-Type', kind)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_): pass
+    def stream(self, messages, arm='tuned', stop=None, **sampling):
+        yield 'Well, '
+        raise MemoryError('no room left')
 
 
-@pytest.fixture
-def server():
-    s = ThreadingHTTPServer(('127.0.0.1', 0), Server)
-    threading.Thread(target=s.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{s.server_address[1]}/v1'
-    s.shutdown()
-    s.server_close()
+class Stream:
+    "A source of lines, or a sink that keeps them."
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+        self.text = ''
+
+    def isatty(self):
+        return False
+
+    def readline(self):
+        return self.lines.pop(0) + '\n' if self.lines else ''
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        "Nothing is held back."
 
 
-SOCRATIC = ['-c', 'from socratic_finetune.pipeline import main; main()']
+REPLIES = {'base': 'Air scatters blue light.', 'tuned': 'What does a prism do?'}
 
 
-def run(*args, said=''):
-    env = {k: v for k, v in os.environ.items() if not k.startswith('OPENAI_')} | dict(OPENAI_API_KEY='a-key-of-this-test', NO_PROXY='127.0.0.1')
-    return subprocess.run([sys.executable, *args], input=said, capture_output=True, text=True, timeout=300, env=env)
+def test_an_error_goes_to_the_notes():
+    sink = Stream()
+    notes = Stream()
+    chat_terminal(
+        BrokenTutor(REPLIES), ('tuned',), source=Stream('Why?', '/tuned'), sink=sink, notes=notes
+    )
+    assert sink.text == 'Well, \n'
+    assert 'no room left' in notes.text and 'tuned will answer' in notes.text
 
 
-def test_servers_as_sides(server):
-    done = run(*SOCRATIC, 'chat', '--base', f'{server}#small', '--tuned', f'{server}#large', said='Why?\nAnd then?\n')
-    assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout.splitlines() == ['base> small heard 2 messages', 'tuned> large heard 2 messages',
-                                        'base> small heard 4 messages', 'tuned> large heard 4 messages']
+def test_nothing_is_read_after_exit():
+    sink = Stream()
+    source = Stream('Why?', 'exit', 'never')
+    chat_terminal(ScriptedTutor(REPLIES), ('tuned',), source=source, sink=sink)
+    assert sink.text == REPLIES['tuned'] + '\n'
+    assert source.lines == ['never']
 
 
-@pytest.mark.parametrize('args, words', [
-    (['--tuned', '{server}'], 'name one after a #'),
-    (['--tuned', 'http://127.0.0.1:9/v1'], 'check that the server is up'),
-    (['--base', 'gpt-4o'], 'is not the address of a server')])
-def test_a_server_that_cannot_answer(server, args, words):
-    for command in ([*SOCRATIC, 'chat'], ['-m', 'socratic_finetune.chat', '--no-browser']):
-        done = run(*command, *(a.format(server=server) for a in args), said='Why?\n')
-        assert done.returncode == 1 and words in done.stderr, done.stderr
-        assert 'Traceback' not in done.stderr and 'a-key-of-this-test' not in done.stdout + done.stderr
+def test_models_that_are_not_there_and_nothing_to_save(tmp_path):
+    notes = Stream()
+    tutor = ScriptedTutor({'tuned': 'What does a prism do?'})
+    lines = ['/base', '/save', '/retry', 'Why?', '/save', '/both', '/reset']
+    conversation = chat_terminal(
+        tutor, source=Stream(*lines), sink=Stream(), notes=notes, folder=tmp_path
+    )
+    assert 'there is no base model here: only tuned' in notes.text
+    assert 'nothing has been said yet' in notes.text
+    assert 'nothing has been asked yet' in notes.text
+    assert len(list(tmp_path.glob('chat-*.jsonl'))) == 1
+    assert conversation.exchanges == []
+
+
+def test_no_colours_for_a_pipe():
+    assert Terminal(Stream(), Stream(), Stream()).label('base') == 'base> '
