@@ -87,7 +87,7 @@ def _seed_questions(bank):
         rows.append(_question_row(text, bank, dict(topic=name, kind='explain', seen=True)))
     return rows
 
-
+# %% ../nbs/10_evaluate.ipynb #0fdec643
 def _file_questions(bank, path):
     "Questions of a JSONL file; lines without one are named and left out."
     found, quarantined = read_jsonl(path, required=('question',))
@@ -202,7 +202,7 @@ def _saved_replies(path):
     needed = {'model', 'question', 'reply'}
     return {_reply_key(row): row for row in rows if needed <= set(row)}
 
-
+# %% ../nbs/10_evaluate.ipynb #9ff507f9
 def collect_replies(
     tutor,  # a `Tutor`, or a function that loads one, called only if a reply is missing
     rows: list[dict],  # from `evaluation_questions`
@@ -267,7 +267,7 @@ def _off_topic(row, topic, bank, rng):
     other = rng.choice([t for t in bank if t.subject != topic.subject])
     return _guidance(row['question'], None, other, rng)
 
-
+# %% ../nbs/10_evaluate.ipynb #3290febf
 CONTROLS = {
     'constant bot': _constant,
     'answer in a question': _answer_inside,
@@ -315,7 +315,7 @@ COUNTED = {
     'commonest opening': 'share of replies that begin with the commonest three words',
 }
 
-
+# %% ../nbs/10_evaluate.ipynb #d92591e0
 def count_reply(
     row: dict,  # with `question`, `topic` (of the bank) and `reply`
     bank: TopicBank,
@@ -501,7 +501,7 @@ def _report_tables(evaluation):
         tables['Controls'] = arm_means(evaluation.controls)
     return tables
 
-
+# %% ../nbs/10_evaluate.ipynb #4a6f3468
 def write_results(
     run: Run,  # where to
     evaluation: Evaluation,
@@ -562,7 +562,7 @@ def evaluate(
     write_results(run, evaluation, about)
     return evaluation
 
-
+# %% ../nbs/10_evaluate.ipynb #1ccbeef4
 def run_evaluate(
     run: Run,
     questions: str | Path | None = None,  # as for `evaluation_questions`; None: the settings'

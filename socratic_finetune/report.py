@@ -63,7 +63,7 @@ def _bars_of_arm(ax, means, positions, width, style):
     for x, value, top in zip(positions, mean, high, strict=True):
         ax.text(x, max(value, top) + 0.02, f'{value:.2f}', ha='center', fontsize=9)
 
-
+# %% ../nbs/89_report.ipynb #91ea29e9
 def bar_chart(
     scores: pd.DataFrame,  # a row for each reply, with `model`, `topic` and both scores
 ) -> bytes:  # PNG
@@ -159,7 +159,7 @@ def _control_style(i):
     marker = CONTROL_MARKERS[i % 5]
     return dict(fmt=marker, ms=9, color='#222222', mfc='none', mew=1.4, zorder=3)
 
-
+# %% ../nbs/89_report.ipynb #e6765cdd
 def frontier_plot(
     scores: pd.DataFrame,  # a row for each reply
     controls: pd.DataFrame | None = None,  # the controls' scores
@@ -280,7 +280,7 @@ def _facts(about):
         )
     return ''.join(rows)
 
-
+# %% ../nbs/89_report.ipynb #8e961203
 def report_html(
     scores: pd.DataFrame,  # a row for each reply
     tables: dict[str, pd.DataFrame],  # by heading
