@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -18,6 +19,7 @@ from socratic_finetune import finetune as finetune_module
 from socratic_finetune.config import Run, SocraticError, settings_for
 from socratic_finetune.finetune import (
     add_adapter,
+    auto_batch_size,
     choose_batches,
     encode_rows,
     estimate,
@@ -268,6 +270,16 @@ def test_without_fast_kernels_batches_are_padded(tiny):
     batches, arguments = choose_batches(add_adapter(base, made), tokenizer, train, made)
     assert batches == made and arguments['group_size'] == 8
     assert set(arguments['data_collator'](train[:4])) == {'input_ids', 'labels', 'attention_mask'}
+
+
+@pytest.mark.parametrize('memory, merged', [(30, (4, 4)), (15, (8, 2)), (8, (8, 2)), (4, (16, 1))])
+def test_a_gpu_takes_as_many_batches_at_once_as_fit(monkeypatch, memory, merged):
+    monkeypatch.setattr(finetune_module, '_batch_memory', lambda *args: memory)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (40, 80))  # free, of all
+    made = settings_for('tinyllama', batch_size=4, gradient_accumulation_steps=4)
+    model = SimpleNamespace(device=torch.device('cuda'))
+    chosen = auto_batch_size(model, None, [], made)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == merged
 
 
 # --- number formats -----------------------------------------------------------------------------
