@@ -7,7 +7,7 @@ __all__ = ['OPTIONAL_PARAMETERS', 'SCHEMA_PROMPT', 'CORRECTION_PROMPT', 'BATCH_P
            'repair_json', 'parse_json', 'Price', 'is_local', 'get_price', 'token_bounds', 'FatalError',
            'RetriesExhausted', 'CostCapReached', 'format_usd', 'Ledger', 'RateLimiter', 'request_key', 'Cache',
            'retry_after', 'is_permanent', 'UnsupportedParameter', 'unsupported_parameter', 'default_cache_folder',
-           'Client', 'is_refused', 'cache_entry', 'Pending', 'strict_schema', 'build_request', 'read_reply',
+           'Client', 'is_connection_refused', 'cache_entry', 'Pending', 'strict_schema', 'build_request', 'read_reply',
            'correction', 'batch_lines', 'find_batch', 'create_batch', 'collect_batch', 'run_batch', 'client_for']
 
 # %% ../nbs/80_client.ipynb #c1100004
@@ -595,7 +595,7 @@ def _wait_time(self: Client, state: RetryCallState) -> float:
     return backoff(state) * random.uniform(0.5, 1)
 
 
-def is_refused(error: Exception) -> bool:
+def is_connection_refused(error: Exception) -> bool:
     "Whether nothing listens at the address."
     cause = type(getattr(error, '__cause__', None)).__name__
     return isinstance(error, APIConnectionError) and 'ConnectError' in cause
@@ -604,7 +604,7 @@ def is_refused(error: Exception) -> bool:
 @patch
 def _is_last(self: Client, state: RetryCallState) -> bool:
     "Whether the attempt that failed was the last one."
-    refused = is_refused(state.outcome.exception())
+    refused = is_connection_refused(state.outcome.exception())
     retries = min(2, self.retries) if refused else self.retries
     return state.attempt_number > retries
 
@@ -634,7 +634,7 @@ def send(
     try:
         return retrying(self.attempt, request)
     except (OpenAIError, ValueError) as error:
-        kind = FatalError if is_refused(error) else RetriesExhausted
+        kind = FatalError if is_connection_refused(error) else RetriesExhausted
         attempts = retrying.statistics['attempt_number']
         raise kind(
             f'{self.model} did not answer in {attempts} attempts ({type(error).__name__}): '
