@@ -1,7 +1,7 @@
 # Two commands to begin with: `make demo` and `make test`. Needs Python 3.10 to 3.13; everything is installed into .venv.
 #   make demo PYTHON=python3.12             with another Python
 #   make demo TORCH_INDEX=https://…         with torch from another package index, such as one that has CPU builds
-#   make chat CHAT="--tuned http://…/v1"    with an OpenAI-compatible server as one side
+#   make chat CHAT="--tuned http://…/v1"    with an OpenAI-compatible server in place of a model
 PYTHON ?= $(firstword $(shell command -v python3 python))
 TORCH_INDEX ?=
 RUN ?= demo
@@ -44,7 +44,7 @@ lab: $(READY) ## JupyterLab at the first notebook
 	@$(IN) $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/$(if $(wildcard nbs/index.ipynb),index,00_config).ipynb $(ROOT)
 
 chat: $(READY) ## talk to base and tuned in a browser; in a terminal: socratic chat
-	@$(IN) $(BIN)/python -m socratic_finetune.chat --run $(RUN) $(CHAT)
+	@$(IN) $(BIN)/socratic chat --web --run $(RUN) $(CHAT)
 
 pages: $(READY) ## run notebooks in place to renew their outputs; NAMES="04_generate 06_finetune" for some of them
 	@$(IN) $(BIN)/python .docs/pages.py $(NAMES)
@@ -59,5 +59,5 @@ bench: $(READY) ## speed on this machine, into runs/bench/
 	 else echo "there is no benchmark notebook (nbs/NN_benchmark.ipynb) yet"; fi
 
 clean: ## remove all that make can make again; runs/ stays
-	rm -rf $(VENV) _docs _proc _sphinx build dist *.egg-info .pytest_cache
+	rm -rf $(VENV) _docs _sphinx build dist *.egg-info .pytest_cache .ruff_cache
 	find nbs socratic_finetune tests .docs -name __pycache__ -o -name .ipynb_checkpoints -prune | xargs rm -rf
