@@ -460,20 +460,26 @@ def goals(
     return pd.DataFrame(rows)
 
 # %% ../nbs/10_evaluate.ipynb #00fa0016
+def _mean_scores(means):
+    "Mean scores as text, for the description of a plot."
+    texts = [f'{row.model} {row.metric} {row["mean"]:.2f}' for _, row in means.iterrows()]
+    return '; '.join(texts)
+
+
 def evaluation_plots(
     evaluation: Evaluation,
 ) -> dict[str, tuple[bytes, str]]:  # by heading: PNG, and a text that describes it
     "The plots of an evaluation."
-    means = evaluation.means
-    figures = [f'{row.model} {row.metric} {row["mean"]:.2f}' for _, row in means.iterrows()]
-    seen = '; '.join(figures)
     scores = evaluation.scores
+    seen = _mean_scores(evaluation.means)
     plots = {'Scores': (bar_chart(scores), f'Mean scores with intervals: {seen}.')}
     if {'base', 'tuned'} <= set(scores.model):
         tests = evaluation.tests
         moved = tests[(tests.before == 'base') & (tests.after == 'tuned')].summary
         alt = f'Each topic, base and tuned, joined by a line. {"; ".join(moved)}'
         plots['Topic by topic'] = (paired_plot(scores), alt)
+    if len(evaluation.controls):
+        seen += f'; {_mean_scores(arm_means(evaluation.controls))}'
     alt = f'Socratic score against helpful score of arms and controls: {seen}.'
     plots['Asking and helping'] = (frontier_plot(scores, evaluation.controls), alt)
     return plots
