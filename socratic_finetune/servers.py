@@ -125,7 +125,7 @@ def _list_models(client: OpenAI, model: str) -> dict:
             raise explain_server_error(error, model or 'the server', client) from None
         return {}
 
-
+# %% ../nbs/87_servers.ipynb #582483d1
 def connect_endpoint(
     address: str,  # http://localhost:8000/v1, or with a model http://localhost:8000/v1#MODEL
     client: OpenAI | None = None,  # None: one for the address, with the key in `OPENAI_API_KEY`

@@ -138,7 +138,7 @@ class ReplyWriter:
         self.terminal.write(printable(answer.text[self.n_written :]))
         self.n_written = len(answer.text)
 
-
+# %% ../nbs/86_terminal.ipynb #0b0060a0
 def _finish_line(terminal, answer):
     "End the line of a reply, with notices where they belong."
     notices = [f'[{printable(answer.note)}]'] if answer.note else []
@@ -154,7 +154,7 @@ def _finish_line(terminal, answer):
     space = ' ' if answer.text and notices else ''
     terminal.write(space + ' '.join(notices) + '\n')
 
-
+# %% ../nbs/86_terminal.ipynb #4dbf6b1d
 def reply_in_terminal(
     conversation: Conversation,  # its last exchange is answered
     tutor,
@@ -248,7 +248,7 @@ def _handle_line(line, conversation, tutor, terminal, folder, sampling):
         return
     reply_in_terminal(conversation, tutor, terminal, **sampling)
 
-
+# %% ../nbs/86_terminal.ipynb #db7f3deb
 def chat_terminal(
     tutor,  # see `generate_answer`
     arms: tuple[str, ...] | None = None,  # the models that answer at first; None: all
