@@ -7,7 +7,7 @@ __all__ = ['MIN_ROWS_FOR_VALIDATION', 'VALIDATION_SHARE', 'FIXED_ARGUMENTS', 'LO
            'split_rows', 'LengthGroups', 'count_steps', 'split_batch', 'training_arguments', 'LoraTrainer',
            'auto_batch_size', 'choose_batches', 'make_trainer', 'Progress', 'prompt_of', 'SampleReplies',
            'make_callbacks', 'estimate', 'format_duration', 'describe_training', 'finetune', 'run_finetune',
-           'plot_loss', 'is_main', 'meet', 'main_first']
+           'plot_loss']
 
 # %% ../nbs/06_finetune.ipynb #0bc6bb39
 import json
@@ -904,19 +904,3 @@ def plot_loss(
     if path:
         fig.savefig(path, dpi=120)
     return fig
-
-# %% ../nbs/06_finetune.ipynb #5f0cd701
-# the command line still imports these names from here
-from .models import resolve_base_model  # noqa: F401
-
-
-def is_main() -> bool:
-    return distributed_state().is_main_process
-
-
-def meet(device: str = 'auto') -> None:
-    distributed_state(device).wait_for_everyone()
-
-
-def main_first():
-    return distributed_state().main_process_first()

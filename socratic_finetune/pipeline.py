@@ -27,6 +27,7 @@ from typing import Annotated
 
 import typer
 import yaml
+from fastcore.basics import patch
 
 from socratic_finetune.config import (
     PROFILES,
@@ -91,19 +92,6 @@ class ProgressLines:
                 self._show(line)
         self.out.flush()
 
-    def _show(self, line):
-        if self.is_terminal:
-            width = shutil.get_terminal_size().columns - 7
-            self.out.write('\r\x1b[K      ' + line[:width])
-            self.line_open = True
-            return
-        head = line.split('|')[0]
-        just_finished = head.endswith('100%') and head != self.last_finished
-        if just_finished or time.monotonic() - self.last_time > self.every:
-            self.out.write(f'      {line}\n')
-            self.last_time = time.monotonic()
-            self.last_finished = head
-
     def flush(self) -> None:
         self.out.flush()
 
@@ -112,6 +100,22 @@ class ProgressLines:
         if self.line_open:
             self.out.write('\n')
         self.line_open = False
+
+# %% ../nbs/14_pipeline.ipynb #25da5aa3
+@patch
+def _show(self: ProgressLines, line):
+    "A line that changes in a terminal, a new line now and then in a log file."
+    if self.is_terminal:
+        width = shutil.get_terminal_size().columns - 7
+        self.out.write('\r\x1b[K      ' + line[:width])
+        self.line_open = True
+        return
+    head = line.split('|')[0]
+    just_finished = head.endswith('100%') and head != self.last_finished
+    if just_finished or time.monotonic() - self.last_time > self.every:
+        self.out.write(f'      {line}\n')
+        self.last_time = time.monotonic()
+        self.last_finished = head
 
 # %% ../nbs/14_pipeline.ipynb #3aca25ff
 @contextmanager
@@ -548,7 +552,7 @@ def warn_bad_rows(
     if len(quarantined) > show:
         print(f'set aside: {len(quarantined) - show} more', file=sys.stderr)
 
-
+# %% ../nbs/14_pipeline.ipynb #c507b6b7
 def _train_into_folder(settings, data_path, run, output_dir):
     "Train without a run: dataset in, adapter out."
     from socratic_finetune.finetune import finetune
@@ -559,6 +563,18 @@ def _train_into_folder(settings, data_path, run, output_dir):
     warn_bad_rows(quarantined)
     result = finetune(settings, rows, output_dir)
     return {**result, 'n_rows': len(rows), 'quarantined': quarantined}
+
+
+def _print_training(result, data_path, folder):
+    "The outcome of a training; rows that were too long are named on stderr."
+    file = data_path or 'sft.jsonl'
+    dropped = result['dropped']
+    warn_bad_rows([dict(file=file, line=d['row'], reason=d['reason']) for d in dropped])
+    aside = f', {len(result["quarantined"])} set aside' if result['quarantined'] else ''
+    print(
+        f'trained on {result["n_rows"] - len(dropped)} rows{aside}, {result["steps"]} steps, '
+        f'{result["seconds"]:.0f} s: {short_path(folder)}'
+    )
 
 
 def _train_run(r, data_path, is_main):
@@ -607,15 +623,7 @@ def train_command(
             r = begin_run(run, profile, **changes)
         resolve_base_model(r.settings.base_model)
         result = _train_run(r, data_path, state.is_main_process)
-    file = data_path or 'sft.jsonl'
-    dropped = result['dropped']
-    warn_bad_rows([dict(file=file, line=d['row'], reason=d['reason']) for d in dropped])
-    aside = f', {len(result["quarantined"])} set aside' if result['quarantined'] else ''
-    folder = short_path(output_dir or r.path('adapter'))
-    print(
-        f'trained on {result["n_rows"] - len(dropped)} rows{aside}, {result["steps"]} steps, '
-        f'{result["seconds"]:.0f} s: {folder}'
-    )
+    _print_training(result, data_path, output_dir or r.path('adapter'))
 
 # %% ../nbs/14_pipeline.ipynb #da9b488a
 def open_tutor(
@@ -731,8 +739,8 @@ def chat_command(
         code = serve_chat(run, base=base, tuned=tuned, port=port, browser=browser)
         raise typer.Exit(code)
 
-    from socratic_finetune.chat import connect_models
-    from socratic_finetune.chat import chat_terminal
+    from socratic_finetune.servers import connect_models
+    from socratic_finetune.terminal import chat_terminal
 
     def load():
         changes = parse_settings(overrides)

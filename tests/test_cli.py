@@ -1,12 +1,23 @@
 "The command line as a person meets it: what it does, and how it says that something is wrong."
 
-import json, os, shutil, subprocess, sys, time
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
+from filelock import FileLock
+
+from socratic_finetune.topics import load_topics
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / 'data' / 'pocket' / 'adapter'
+BUNDLED = ROOT / 'data' / 'pocket' / 'adapter'
 GOOD = dict(
     user="Explain Ohm's law.", assistant='What pushes the charge along, and what holds it back?'
 )
@@ -57,7 +68,7 @@ def data_file(folder, *lines):
     return path
 
 
-# --- errors, in words -------------------------------------------------------------------------------------------------
+# --- errors, in words
 
 
 def test_no_topic_file(socratic, tmp_path):
@@ -190,14 +201,14 @@ def test_adapter_of_another_base(socratic, tmp_path):
             'infer',
             'Why?',
             '--model_dir',
-            SHIPPED,
+            BUNDLED,
             '--base_model',
             'TinyLlama/TinyLlama-1.1B-Chat-v1.0',
         ),
         "trained on 'pocket'",
         'TinyLlama',
     )
-    shutil.copytree(SHIPPED, tmp_path / 'adapter')
+    shutil.copytree(BUNDLED, tmp_path / 'adapter')
     config = tmp_path / 'adapter' / 'adapter_config.json'
     config.write_text(
         json.dumps({**json.loads(config.read_text()), 'base_model_name_or_path': 'somebody/else'})
@@ -264,7 +275,7 @@ def test_a_run_keeps_to_cards_of_ones_own(socratic, tmp_path):
 def test_few_topics_carry_few_rows(socratic, tmp_path):
     some_cards(tmp_path / 'cards')
     done = socratic('generate', '--n', 2000, '--topics', 'cards', '--run', 'mine')
-    assert done.returncode == 0 and 'n=2,000 becomes' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'n_rows=2,000 becomes' in done.stdout, done.stderr
     planned = int(done.stdout.split('5 topics carry at most ')[1].split()[0].replace(',', ''))
     assert 200 < planned < 600 and len(rows_of(tmp_path / 'runs' / 'mine')) > 0.5 * planned
 
@@ -304,23 +315,25 @@ def test_a_run_keeps_to_a_constitution_of_ones_own(socratic, tmp_path):
 
 
 def test_no_constitution(socratic, tmp_path):
-    call = lambda file: socratic('generate', '--n', 5, '--constitution', file, '--run', 'mine')
+    def call(file):
+        return socratic('generate', '--n', 5, '--constitution', file, '--run', 'mine')
+
     says(call('nowhere.yaml'), 'nowhere.yaml is not a constitution', 'No such file')
     (tmp_path / 'list.yaml').write_text('- be kind')
     says(
         call('list.yaml'),
         'list.yaml is not a constitution',
         'no list `principles`',
-        'key, text, ask and mend',
+        'key, text, critique_request and revision_request',
     )
     (tmp_path / 'half.yaml').write_text('principles: [{key: kind, text: Be kind.}]')
-    says(call('half.yaml'), 'kind, ask: field required')
+    says(call('half.yaml'), 'kind, critique_request: field required')
     assert not (tmp_path / 'runs' / 'mine').exists(), (
         'a run was started with a broken constitution'
     )
-    (tmp_path / 'playful.yaml').write_text(
-        'principles: [{key: playful, text: Be playful., ask: "Would a child smile?", mend: Make it a game.}]'
-    )
+    playful = dict(key='playful', text='Be playful.')
+    playful |= dict(critique_request='Would a child smile?', revision_request='Make it a game.')
+    (tmp_path / 'playful.yaml').write_text(yaml.safe_dump(dict(principles=[playful])))
     says(call('playful.yaml'), "the built-in teacher cannot judge 'playful'", 'openai')
 
 
@@ -332,7 +345,7 @@ def test_no_critique_leaves_drafts(socratic, tmp_path):
     )
 
 
-def test_dials_of_training_may_be_turned_until_it_begins(socratic, tmp_path):
+def test_training_settings_may_change_until_training_starts(socratic, tmp_path):
     assert socratic('generate', '--n', 6, '--run', 'mine').returncode == 0
     done = socratic('train', '--run', 'mine', '--epochs', 1, '--learning_rate', '3e-3')
     assert done.returncode == 0, done.stderr
@@ -359,12 +372,12 @@ def test_no_key(socratic, tmp_path):
 def test_misspelt_settings(socratic):
     says(socratic('run', '--profile', 'huge'), "profile 'huge' is not known", 'pocket, tinyllama')
     says(socratic('run', '--set', 'learnrate=1'), 'learnrate', 'learning_rate')
-    says(socratic('run', '--n', 0), 'n=0')
+    says(socratic('run', '--n', 0), 'n_rows=0')
     says(socratic('report', '--run', 'never'), 'holds no run')
     assert socratic('runn').returncode == 2
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------
+# --- the pipeline
 
 
 def test_failed_notebook_says_its_message_and_no_stack_trace(socratic, tmp_path):
@@ -380,8 +393,6 @@ def test_failed_notebook_says_its_message_and_no_stack_trace(socratic, tmp_path)
 
 
 def test_second_process_in_a_run_is_refused(socratic, tmp_path):
-    from filelock import FileLock
-
     assert socratic('generate', '--n', 5, '--run', 'mine').returncode == 0
     with FileLock(tmp_path / 'runs' / 'mine' / '.lock'):
         for command in (['generate', '--n', 5], ['train'], ['run']):
@@ -390,8 +401,6 @@ def test_second_process_in_a_run_is_refused(socratic, tmp_path):
 
 
 def test_killed_process_leaves_no_lock_and_a_run_to_go_on_with(socratic, tmp_path):
-    import signal
-
     env = {**os.environ, 'SOCRATIC_RUNS': str(tmp_path / 'runs'), 'PYTHONPATH': str(ROOT)}
     code = 'from socratic_finetune.pipeline import main; main()'
     work = subprocess.Popen(
@@ -415,11 +424,11 @@ def test_killed_process_leaves_no_lock_and_a_run_to_go_on_with(socratic, tmp_pat
     assert len(rows) > 280 and set(kept) <= set(rows) and not part.exists()
 
 
-# --- the commands that people know ------------------------------------------------------------------------------------
+# --- the commands that people know
 
 
 def test_infer_and_chat_answer(socratic):
-    done = socratic('infer', "Explain Faraday's law.", '--model_dir', SHIPPED, '--arm', 'both')
+    done = socratic('infer', "Explain Faraday's law.", '--model_dir', BUNDLED, '--arm', 'both')
     assert done.returncode == 0, done.stderr
     base, tuned = done.stdout.strip().splitlines()
     assert (
@@ -428,7 +437,7 @@ def test_infer_and_chat_answer(socratic):
         and tuned.endswith('?')
         and base[6:] != tuned[7:]
     )
-    piped = socratic('chat', '--model-dir', SHIPPED, stdin="Explain Faraday's law.\nexit\n")
+    piped = socratic('chat', '--model-dir', BUNDLED, stdin="Explain Faraday's law.\nexit\n")
     assert piped.returncode == 0 and piped.stdout.strip() == tuned[7:].strip()
     assert socratic('infer', stdin="Explain Faraday's law.\n").stdout.strip() == tuned[7:].strip()
 
@@ -444,9 +453,6 @@ def test_judge_tells_how_well_it_agrees_with_people(socratic):
 
 
 def test_judge_scores_a_file(socratic, tmp_path):
-    import csv
-    from socratic_finetune.topics import load_topics
-
     card = load_topics()["Ohm's law"]
     ask, replies = (
         card.questions[0].text,
