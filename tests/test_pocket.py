@@ -10,15 +10,16 @@ from transformers import AutoTokenizer
 
 from socratic_finetune.config import data_path
 from socratic_finetune.pocket import (
+    add_noise,
     as_text,
-    batches,
-    corpus,
     data_digest,
-    encode_docs,
+    encode_documents,
+    make_batches,
+    make_corpus,
     new_model,
-    orthogonal,
+    orthogonalize,
+    plain_text,
     pretrain,
-    scruffy,
     train_tokenizer,
 )
 from socratic_finetune.topics import load_topics, questions_in, reserved_questions
@@ -39,14 +40,12 @@ CHAT = dict(
 
 @pytest.fixture(scope='module')
 def docs():
-    return corpus(BANK, passes=2, seed=1)
+    return make_corpus(BANK, passes=2, seed=1)
 
 
 @pytest.fixture(scope='module')
 def tokenizer(docs):
-    texts = []
-    for doc in docs[:800]:
-        texts.append(doc.get('text') or ' '.join(m['content'] for m in doc['messages']))
+    texts = [plain_text(doc) for doc in docs[:800]]
     return train_tokenizer(texts, 1000)
 
 
@@ -73,12 +72,12 @@ def test_the_bundled_model_fits_the_data():
 
 
 def test_the_corpus_is_that_of_the_bundled_model():
-    text = json.dumps(corpus(BANK, 1))
+    text = json.dumps(make_corpus(BANK, 1))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == CORPUS_HASH
 
 
 def test_the_same_seed_makes_the_same_corpus():
-    assert corpus(BANK, 1, seed=3) == corpus(BANK, 1, seed=3)
+    assert make_corpus(BANK, 1, seed=3) == make_corpus(BANK, 1, seed=3)
 
 
 def test_no_lesson_touches_a_topic_that_is_not_taught(docs):
@@ -103,7 +102,7 @@ def test_reserved_questions_are_asked_in_no_chat(questions_and_replies):
 
 def test_questions_as_people_type_them():
     clean = 'Why is the sky blue at noon and red at dusk?'
-    typed = {scruffy(clean, random.Random(seed)) for seed in range(50)}
+    typed = {add_noise(clean, random.Random(seed)) for seed in range(50)}
     assert clean in typed and len(typed) > 20 and all(typed)
 
 
@@ -123,12 +122,12 @@ def test_a_chat_starts_with_bos(tokenizer):
 
 
 def test_labels_are_the_words_of_the_assistant(tokenizer):
-    [(ids, labels)] = encode_docs([CHAT], tokenizer)
+    [(ids, labels)] = encode_documents([CHAT], tokenizer)
     learned = [label for label in labels if label != -100]
     assert tokenizer.decode(learned) == 'Air scatters blue light most.</s>'
     assert learned[-1] == tokenizer.eos_token_id
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
-    [(ids, labels)] = encode_docs([dict(text='A page.')], tokenizer)
+    [(ids, labels)] = encode_documents([dict(text='A page.')], tokenizer)
     assert ids == labels
 
 
@@ -136,8 +135,8 @@ def test_labels_are_the_words_of_the_assistant(tokenizer):
 
 
 def test_batches_hold_each_document_once(docs, tokenizer):
-    encoded = encode_docs(docs[:400], tokenizer)
-    work = batches(encoded, tokens=2048, seed=0)
+    encoded = encode_documents(docs[:400], tokenizer)
+    work = make_batches(encoded, tokens=2048, seed=0)
     rows = []
     for batch in work:
         assert batch['input_ids'].shape == batch['labels'].shape
@@ -152,12 +151,12 @@ def test_batches_hold_each_document_once(docs, tokenizer):
 def test_orthogonal_matrices_have_singular_values_near_1():
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 40, 24), (2, 24, 40)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=generator)))
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=generator)))
         assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_training_lowers_the_loss_and_draws_the_same_numbers(docs, tokenizer):
-    work = batches(encode_docs(docs[:400], tokenizer), tokens=1024, seed=0)[:30]
+    work = make_batches(encode_documents(docs[:400], tokenizer), tokens=1024, seed=0)[:30]
     weights = []
     for _ in range(2):
         torch.manual_seed(0)
