@@ -12,7 +12,9 @@ cfg = cfg['DEFAULT']
 
 
 class BuildWithData(build_py):
-    "Puts data/ and the stages' notebooks into the built package; in an editable install the library reads them beside itself."
+    """Puts data/ and the stages' notebooks into the built package.
+
+    In an editable install the library reads them beside itself."""
 
     def run(self):
         super().run()

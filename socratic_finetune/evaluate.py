@@ -26,7 +26,6 @@ from socratic_finetune.config import (
     SocraticError,
     data_path,
     read_jsonl,
-    settings_for,
     versions,
     write_atomic,
     write_jsonl,

@@ -34,8 +34,6 @@ from socratic_finetune.config import (
     SocraticError,
     data_path,
     read_jsonl,
-    settings_for,
-    write_atomic,
     write_jsonl,
 )
 from .constitution import Trail, load_constitution

@@ -11,7 +11,7 @@ import html
 
 import torch
 
-from .config import SocraticError, data_path
+from .config import SocraticError
 
 # %% ../nbs/05_prompting.ipynb #64c924a1
 LLAMA2_TEMPLATE = (
