@@ -136,13 +136,13 @@ def test_regenerate_edit_and_clear():
 def test_a_pair_answers_in_parallel():
     barrier = threading.Barrier(2, timeout=30)
 
-    def meet(messages, arm='tuned', stop=None, **sampling):
+    def answer_together(messages, arm='tuned', stop=None, **sampling):
         barrier.wait()  # fails unless both are here
         yield 'Here.'
 
     base = ScriptedTutor(REPLIES)
     tuned = ScriptedTutor(REPLIES)
-    base.stream = tuned.stream = meet
+    base.stream = tuned.stream = answer_together
     chat = Chat(ModelPair(base, tuned))
     chat.send(QUESTION)
     chat.wait()
