@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from fastcore.test import test_close as assert_close
+from transformers import AutoTokenizer
 
 from socratic_finetune import pocket
 from socratic_finetune.config import data_path
@@ -270,3 +271,22 @@ def test_a_build_resumes_after_its_last_phase(tmp_path, monkeypatch):
     assert json.loads((tmp_path / 'pocket.json').read_text()) == metadata
     assert build_base(tmp_path, (first, second)) == metadata
     assert trained == [1e-2, 1e-3]
+
+
+def test_the_same_seed_trains_the_same_weights(tokenizer, documents):
+    batches = make_batches(encode_documents(documents[:200], tokenizer), 1024, seed=0)[:20]
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = new_model(len(tokenizer), **TINY)
+        pretrain(batches, model, compiled=False, report=lambda line: None)
+        weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_the_bundled_model_is_small():
+    folder = data_path('pocket', 'base')
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6
+    metadata = json.loads((folder / 'pocket.json').read_text(encoding='utf8'))
+    vocab_size = len(AutoTokenizer.from_pretrained(folder))
+    assert new_model(vocab_size).num_parameters() == metadata['parameters']
