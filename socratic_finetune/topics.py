@@ -203,7 +203,7 @@ class WordIndex:
     def terms(
         text: str,
     ) -> list[str]:
-        "Words cut to six letters, so that 'colliding' meets 'collision'."
+        "Words cut to six letters, so that 'magnets' meets 'magnetic'."
         return [word[:6] for word in words(text)]
 
     def vector(
