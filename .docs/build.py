@@ -30,6 +30,7 @@ PARTS = {  # by the first digit of a page's number
     '0': 'The course',
     '1': 'The course',
     '2': 'Make your own tutor',
+    '7': 'Under the hood',
     '8': 'Under the hood',
     '9': 'Behind the scenes',
 }
