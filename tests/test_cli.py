@@ -160,7 +160,7 @@ def test_empty_dataset(socratic, tmp_path):
 
 @pytest.mark.parametrize('base', ['nobody/has-this-model', './nowhere', 'nothing'])
 def test_base_model_neither_folder_nor_reachable(socratic, tmp_path, base):
-    rows, t = data_file(tmp_path, json.dumps(GOOD)), time.monotonic()
+    rows = data_file(tmp_path, json.dumps(GOOD))
     message = says(
         socratic(
             'train',
@@ -174,7 +174,6 @@ def test_base_model_neither_folder_nor_reachable(socratic, tmp_path, base):
         ),
         base,
     )
-    assert time.monotonic() - t < 10, 'took longer than 10 s to say so'
     assert 'folder' in message
 
 
