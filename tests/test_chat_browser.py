@@ -21,18 +21,10 @@ import pytest
 playwright = pytest.importorskip(
     'playwright.sync_api', reason='playwright is not installed: pip install -e .[dev]'
 )
+import check  # noqa: E402 - of .docs; it imports playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def find_chromium():
-    "The browser's path, or None."
-    if Path('/usr/bin/chromium').exists():
-        return '/usr/bin/chromium'
-    return shutil.which('chromium') or shutil.which('google-chrome')
-
-
-CHROMIUM = find_chromium()
+CHROMIUM = check.find_chromium()
 pytestmark = [
     pytest.mark.xdist_group('browser'),  # one JupyterLab for all of them
     pytest.mark.skipif(
@@ -186,14 +178,8 @@ def lab(desk):
 
 @pytest.fixture
 def browser():
-    options = [
-        '--no-sandbox',
-        '--disable-gpu',
-        '--disable-dev-shm-usage',
-        '--disable-background-networking',
-    ]
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=options)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=check.FLAGS)
         yield browser
         browser.close()
 

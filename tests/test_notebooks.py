@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import notebooks
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / 'nbs'
@@ -22,13 +23,7 @@ sys.exit(not ok)
 """
 
 
-def notebooks():
-    "Names below nbs/, without hidden folders."
-    paths = [path.relative_to(NBS) for path in NBS.rglob('*.ipynb')]
-    return sorted(str(p) for p in paths if not any(part[0] in '._' for part in p.parts))
-
-
-@pytest.mark.parametrize('name', notebooks())
+@pytest.mark.parametrize('name', [str(path.relative_to(NBS)) for path in notebooks(NBS)])
 def test_notebook(name, tmp_path):
     (tmp_path / 'runs').mkdir()
     env = dict(os.environ)
@@ -43,4 +38,4 @@ def test_notebook(name, tmp_path):
 
 
 def test_there_are_notebooks():
-    assert len(notebooks()) >= 12
+    assert len(notebooks(NBS)) >= 12

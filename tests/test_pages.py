@@ -2,15 +2,13 @@
 
 import json
 import re
-import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import drawings
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / '.docs'))
-import drawings
 
 PAGES = sorted((ROOT / 'nbs').glob('*.ipynb'))
 STAGES = [p for p in PAGES if p.stem in ('04_generate', '06_finetune', '08_chat', '10_evaluate')]

@@ -1,18 +1,15 @@
 """The site shows exported code with tables of its parameters, and honours directives."""
 
 import inspect
-import sys
 from pathlib import Path
 
+import cells
+import library
+import parameters
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / '.docs'))
-
-import cells  # noqa: E402
-import library  # noqa: E402
-import parameters  # noqa: E402
 
 DOCMENTS = """
 def scale(
