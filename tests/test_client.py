@@ -583,6 +583,10 @@ def fork(work):
         work()
         os._exit(0)
     except BaseException:
+        # as Python does at its end: a thread that was just starting is joined by nobody else
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         os._exit(1)
 
 
