@@ -41,9 +41,11 @@ from socratic_finetune.conversation import (
     Answer,
     Conversation,
     Exchange,
+    asks_again,
     default_sampling,
     error_message,
     generate_answer,
+    lesson_track,
     printable,
     render_text,
     resample,
@@ -156,6 +158,17 @@ def current_topic(
             return topic
     return bank.find(messages[0])
 
+# %% ../nbs/08_chat.ipynb #08d40001
+@patch
+def _track_all(self: Chat, exchange: Exchange):
+    "Say of the finished answers of an exchange where the lesson stands, if a card is known."
+    messages = [earlier.user for earlier in self.conversation.exchanges]
+    topic = current_topic(self.bank, messages) if self.bank is not None else None
+    for arm, answer in exchange.answers.items():
+        if topic is not None and answer.status == 'done':
+            answer.track = lesson_track(answer, topic)
+            self.on_change(exchange, arm)
+
 # %% ../nbs/08_chat.ipynb #d6db93b9
 @patch
 def _score_all(self: Chat, exchange: Exchange):
@@ -183,6 +196,7 @@ def _run(self: Chat, exchange: Exchange, stop: threading.Event, sampling: dict):
     "The thread: answers, then scores."
     try:
         self._answer_all(exchange, stop, sampling)
+        self._track_all(exchange)
         if self.judge is not None and not stop.is_set():
             self._score_all(exchange)
     finally:
@@ -278,13 +292,20 @@ def answer_html(answer: Answer) -> str:
         note = f'<div {attributes}>{html.escape(printable(answer.note))}</div>'
     return f'{said}{text}</div>{note}'
 
-
+# %% ../nbs/08_chat.ipynb #08d40003
 def footer_html(answer: Answer) -> str:
-    "The scores of an answer, and its pace."
+    "The scores of an answer, where the lesson stands, and the pace."
     badges = ''
     for name, figure in score_labels(answer):
         text = f'{name} {html.escape(figure)}'
         badges += f'<span class="sf-badge" title="what the judge says">{text}</span>'
+    if answer.status == 'done' and asks_again(answer):
+        title = 'this question has been asked before'
+        badges += f'<span class="sf-badge sf-repeats" title="{title}">repeats itself</span>'
+    if answer.track:
+        title = "guiding questions of the topic's card"
+        track = html.escape(answer.track)
+        badges += f'<span class="sf-badge" title="{title}">{track}</span>'
     timing = ' · '.join(timing_labels(answer))
     return f'<div class="sf-facts">{badges}<span>{timing}</span></div>'
 

@@ -56,6 +56,10 @@ class DataSettings(BaseModel):
         '', description="YAML file of your own principles; empty: the project's"
     )
     n_rows: int = Field(1000, ge=1, description='rows of training data to make')
+    lesson_share: float = Field(
+        0.5, ge=0, le=1, description='share of rows that are lessons of several exchanges'
+    )
+    max_exchanges: int = Field(6, ge=2, le=8, description='exchanges of a lesson at most')
     opening: Literal['varied', 'named'] = Field(
         'varied',
         description="first words of the built-in teacher: many ways, or the topic's name",

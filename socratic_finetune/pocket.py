@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['UNSEEN_THINGS', 'GENERAL_QUESTIONS', 'EXAMPLE_REQUESTS', 'MISCONCEPTION_QUESTIONS', 'ELABORATION_REQUESTS',
            'REPETITION_REQUESTS', 'EXERCISE_OPENERS', 'EXERCISE_REQUESTS', 'CLAIM_REQUESTS', 'STARTING_POINT_REQUESTS',
-           'HINT_REQUESTS', 'CLASSIFICATION_PROMPTS', 'SPECIAL_TOKENS', 'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES',
-           'PHASES', 'N_BUNDLED_ROWS', 'smalltalk', 'add_noise', 'open_questions', 'direct_exchange', 'follow_up',
-           'write_exercise', 'request_exercise', 'classify_question', 'chat_document', 'textbook_page', 'exercise_page',
-           'lesson', 'lesson_document', 'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text',
-           'new_model', 'encode_documents', 'make_batches', 'orthogonalize', 'Muon', 'make_optimizers',
-           'learning_rate_factor', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
+           'HINT_REQUESTS', 'NEXT_REQUESTS', 'SERIES', 'STATEMENT_REQUESTS', 'CLASSIFICATION_PROMPTS', 'SPECIAL_TOKENS',
+           'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'N_BUNDLED_ROWS', 'smalltalk', 'add_noise',
+           'open_questions', 'direct_exchange', 'follow_up', 'write_exercise', 'request_exercise', 'exercise_series',
+           'check_statement', 'classify_question', 'chat_document', 'textbook_page', 'exercise_page', 'lesson',
+           'lesson_document', 'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text', 'new_model',
+           'encode_documents', 'make_batches', 'orthogonalize', 'Muon', 'make_optimizers', 'learning_rate_factor',
+           'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
 
 # %% ../nbs/90_pocket.ipynb #5132c7ff
 import hashlib
@@ -288,6 +289,69 @@ def request_exercise(
     text = template.format(topic=_topic_name(topic, rng))
     return _exchange(add_noise(text, rng), answer)
 
+# %% ../nbs/90_pocket.ipynb #9000d051
+NEXT_REQUESTS = [
+    'Another one, please.',
+    'One more.',
+    'I have done that. Go on.',
+    'Next.',
+    'Something harder, please.',
+    'Give me the next one.',
+]
+SERIES = {  # what a student may ask for in a series, and how the answer begins
+    'hint': (['A hint, please.', 'Give me a hint.'], 'A hint on {topic}.'),
+    'everyday': (['A picture, please.', 'Show me an everyday case.'], 'Picture this for {topic}.'),
+    'knows': (
+        ['Begin with what I know.', 'Give me firm ground.'],
+        'Start from here with {topic}.',
+    ),
+    'test': (['Put this to the test: {slip}', 'Test this claim: {slip}'], 'A test for {topic}.'),
+}
+
+
+def exercise_series(
+    topic: Topic,
+    rng: random.Random,
+) -> list[list[dict]]:  # exchanges
+    "Exercises on a topic in the card's order, with hints and pictures in between, each once."
+    request = rng.choice(EXERCISE_REQUESTS).format(topic=_topic_name(topic, rng))
+    exchanges = [
+        _exchange(add_noise(request, rng), f'This is about {topic.topic}. {topic.guiding[0]}')
+    ]
+    waiting = [*topic.guiding[1:], topic.check]
+    fields = rng.sample(list(SERIES), len(SERIES))
+    for _ in range(rng.randint(2, 5)):
+        if fields and rng.random() < 0.5:
+            field = fields.pop()
+            requests, lead = SERIES[field]
+            answer = f'{lead.format(topic=topic.topic)} {getattr(topic, field)}'
+            exchanges.append(_exchange(rng.choice(requests).format(slip=topic.slip), answer))
+        elif waiting:
+            answer = f'On with {topic.topic}. {waiting.pop(0)}'
+            exchanges.append(_exchange(rng.choice(NEXT_REQUESTS), answer))
+    return exchanges
+
+# %% ../nbs/90_pocket.ipynb #9000d054
+STATEMENT_REQUESTS = [
+    'True or false: {claim}',
+    '{claim} Say whether that is so.',
+    'Check this statement. {claim}',
+    'Mark this sentence: {claim}',
+]
+
+
+def check_statement(
+    topic: Topic,
+    rng: random.Random,
+) -> list[dict]:  # two messages
+    "A statement of a student, true or false, and what the card says of it."
+    request = rng.choice(STATEMENT_REQUESTS)
+    if rng.random() < 0.35:
+        wrong = rng.choice([topic.slip, f'It is so that {topic.misconception}.'])
+        return _exchange(request.format(claim=wrong), f'False. {_answer_to_guess(topic)}')
+    right = rng.choice([*topic.insights, *topic.insights, *topic.key_ideas, topic.answer])
+    return _exchange(request.format(claim=right), f'True, that is about {topic.topic}. {right}')
+
 # %% ../nbs/90_pocket.ipynb #9000d013
 CLASSIFICATION_PROMPTS = [
     'Which topic is this? {question}',
@@ -364,13 +428,14 @@ def lesson(
     "What a pupil and a Socratic teacher say to each other."
     messages = []
     pairs = []
-    for student, move, step in plan_lesson(topic, question, rng, exchanges):
-        messages.append(dict(role='user', content=student))
-        variant = rng.randrange(3)
-        turn = Turn(messages=messages, topic=topic, move=move, step=step, variant=variant)
+    for planned in plan_lesson(topic, question, rng, exchanges):
+        messages.append(dict(role='user', content=planned.student))
+        fields = planned._asdict()
+        del fields['student']
+        turn = Turn(messages=messages, topic=topic, variant=rng.randrange(3), **fields)
         reply = compose(turn, rng)
         messages.append(dict(role='assistant', content=reply))
-        pairs.append((add_noise(student, rng), reply))
+        pairs.append((add_noise(planned.student, rng), reply))
     return pairs
 
 
@@ -388,7 +453,7 @@ def lesson_document(
 
 # %% ../nbs/90_pocket.ipynb #9000d01b
 def _regular_chats(topic, other, rng):
-    "The nine chats that every pass holds for a topic; `other` is a random topic."
+    "The eleven chats that every pass holds for a topic; `other` is a random topic."
     documents = [chat_document([direct_exchange(topic, rng)], rng) for _ in range(4)]
     for makers in [
         [(direct_exchange, topic), (follow_up, topic)],
@@ -399,6 +464,8 @@ def _regular_chats(topic, other, rng):
     ]:
         exchanges = [make(about, rng) for make, about in makers]
         documents.append(chat_document(exchanges, rng))
+    documents.append(chat_document(exercise_series(topic, rng), rng))
+    documents.append(chat_document([check_statement(topic, rng)], rng))
     return documents
 
 # %% ../nbs/90_pocket.ipynb #9000d01d

@@ -13,6 +13,7 @@ from socratic_finetune.chat import (
     arm_selector,
     current_topic,
     example_questions,
+    footer_html,
     live_page,
     page_notebook,
     sampling_form,
@@ -80,6 +81,19 @@ def ask(widget, text=QUESTION):
 
 def status(widget):
     return widget.controls.status.value
+
+
+def test_a_tutor_that_repeats_itself_gets_a_badge(widget):
+    first = ask(widget, "Explain Ohm's law.").answers['tuned']
+    again = ask(widget, "I am stuck with Ohm's law.").answers['tuned']
+    assert 'repeats itself' not in footer_html(first)
+    assert 'repeats itself' in footer_html(again)
+    assert 'step 0 of' in footer_html(again)
+
+
+def test_no_track_without_a_card(widget):
+    answer = ask(widget, 'zzz qqq').answers['tuned']
+    assert answer.track == '' and 'step' not in footer_html(answer)
 
 
 def test_one_message_at_a_time():

@@ -11,11 +11,13 @@ from socratic_finetune.conversation import (
     Conversation,
     ScriptedTutor,
     as_markdown,
+    asks_again,
     context_length,
     count_prompt_tokens,
     default_sampling,
     fit_messages,
     generate_answer,
+    lesson_track,
     preference_pairs,
     printable,
     render_text,
@@ -24,6 +26,7 @@ from socratic_finetune.conversation import (
     training_rows,
     transcript_html,
 )
+from socratic_finetune.topics import load_topics
 
 REPLIES = {
     'base': 'The **sky** is blue since air scatters blue light.',
@@ -287,3 +290,37 @@ def test_scores_and_notes_are_in_the_transcript(conversation):
 
 def test_an_answer_that_took_no_time_has_no_pace():
     assert Answer('base').tokens_per_second is None
+
+
+# a lesson
+
+
+OHM = load_topics()["Ohm's law"]
+
+
+def later_answer(text, student='Hm.'):
+    prompt = [
+        dict(role='user', content="Explain Ohm's law."),
+        dict(role='assistant', content=f'Well. {OHM.guiding[0]}'),
+        dict(role='user', content=student),
+    ]
+    return Answer('tuned', text, 'done', prompt=prompt)
+
+
+def test_a_question_that_was_asked_before_is_noticed():
+    assert asks_again(later_answer(f'Let us see. {OHM.guiding[0]}'))
+    assert asks_again(later_answer(OHM.guiding[0].upper()))
+    assert not asks_again(later_answer(OHM.guiding[1]))
+    assert not asks_again(later_answer('No question.'))
+
+
+def test_the_track_says_where_the_lesson_stands():
+    n = len(OHM.guiding)
+    first = later_answer(OHM.hint)
+    assert lesson_track(first, OHM) == f'●{"○" * (n - 1)} step 1 of {n}, 0 ideas found'
+    second = later_answer(OHM.guiding[1], student=f'Oh! {OHM.insights[0]}')
+    assert lesson_track(second, OHM) == f'●●{"○" * (n - 2)} step 2 of {n}, 1 idea found'
+    last = later_answer('Yes.', student=f'So: {OHM.answer}')
+    assert lesson_track(last, OHM).endswith('the whole found')
+    lost = Answer('tuned', 'What do you think?', 'done', prompt=[])
+    assert lesson_track(lost, OHM).startswith('○' * n)

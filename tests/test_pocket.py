@@ -20,11 +20,13 @@ from socratic_finetune.pocket import (
     as_text,
     build_base,
     chat_document,
+    check_statement,
     classify_question,
     data_digest,
     direct_exchange,
     encode_documents,
     exercise_page,
+    exercise_series,
     follow_up,
     learning_rate_factor,
     lesson,
@@ -71,6 +73,29 @@ def test_the_bundled_model_was_made_from_the_data_that_lies_there():
     assert metadata['data'] == data_digest()
     assert metadata['topics'] == len(BANK)
     assert sum(path.stat().st_size for path in data_path('pocket', 'base').iterdir()) < 25e6
+
+
+def test_a_series_asks_nothing_twice_and_answers_no_question_by_a_question():
+    for topic in BANK.topics[::10]:
+        for seed in range(10):
+            exchanges = exercise_series(topic, random.Random(seed))
+            answers = [assistant['content'] for _, assistant in exchanges]
+            assert len(set(answers)) == len(answers) >= 3
+            assert all(topic.topic in answer for answer in answers)
+            for user, assistant in exchanges[1:]:
+                assert not (questions_in(user['content']) and questions_in(assistant['content']))
+
+
+def test_statements_are_called_true_or_false():
+    topic = BANK["Ohm's law"]
+    right = {*topic.insights, *topic.key_ideas, topic.answer}
+    said = set()
+    for seed in range(60):
+        user, assistant = check_statement(topic, random.Random(seed))
+        is_right = any(text in user['content'] for text in right)
+        said.add(assistant['content'].split()[0].strip('.,'))
+        assert assistant['content'].startswith('True' if is_right else 'False')
+    assert said == {'True', 'False'}
 
 
 def test_the_same_seed_makes_the_same_corpus(documents):
