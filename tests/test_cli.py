@@ -479,6 +479,7 @@ def test_judge_scores_a_file(socratic, tmp_path):
         'infer': ['model_dir'],
         'chat': ['model_dir'],
         'evaluate': ['base_model', 'tuned_dir', 'output_dir'],
+        'dialogue': ['base_model', 'tuned_dir', 'output_dir'],
         'run': ['profile', 'run'],
     }.items(),
     ids=lambda x: x if isinstance(x, str) else '',
