@@ -315,7 +315,7 @@ TURN_PANELS = {
 def _turn_lines(ax, table, column, controls):
     "A line for each model, those of controls grey and dashed."
     for i, model in enumerate(dict.fromkeys(table.model)):
-        rows = table[(table.model == model) & (table.replies > 0)]
+        rows = table[table.model == model].dropna(subset=column)
         style = dict(color=COLOURS[i % 7], marker=ARM_MARKERS[i % 7], markersize=5)
         if model in controls:
             marker = CONTROL_MARKERS[controls.index(model) % 5]
@@ -324,20 +324,21 @@ def _turn_lines(ax, table, column, controls):
 
 
 def turn_plot(
-    turns: pd.DataFrame,  # `model`, `track`, `turn`, `replies`, and the columns of `TURN_PANELS`
+    turns: pd.DataFrame,  # `model`, `track`, `turn`, and the columns of `TURN_PANELS`
     controls: tuple[str, ...] = (),  # models that are drawn in grey
 ) -> bytes:  # PNG
     "Curves over the turns of a dialogue: a column for each track, a row for each panel."
     tracks = list(dict.fromkeys(turns.track))
     fig = Figure(figsize=(2.9 * len(tracks) + 0.6, 5.2), layout='constrained')
     panels = fig.subplots(len(TURN_PANELS), len(tracks), sharex=True, sharey=True, squeeze=False)
-    for row, (column, label) in zip(panels, TURN_PANELS.items(), strict=True):
-        for ax, track in zip(row, tracks, strict=True):
+    for i, (column, label) in enumerate(TURN_PANELS.items()):
+        for ax, track in zip(panels[i], tracks, strict=True):
             _turn_lines(ax, turns[turns.track == track], column, controls)
             ax.set(ylim=(-0.04, 1.04), xticks=range(1, int(turns.turn.max()) + 1))
-            _style(ax, track if row is panels[0] else '', 'y')
-        row[0].set_ylabel(label)
-    fig.supxlabel('turn', fontsize=10)
+            _style(ax, '' if i else track, 'y')
+        panels[i][0].set_ylabel(label)
+    for ax in panels[-1]:
+        ax.set_xlabel('turn')
     handles = panels[0][0].get_legend_handles_labels()
     fig.legend(*handles, frameon=False, ncols=len(handles[0]), loc='outside lower center')
     return _png(fig)
@@ -377,8 +378,9 @@ def add_section(
     dialogues: dict[str, str],  # HTML from `dialogue_table`, by heading
 ) -> str:
     "A report with its section on dialogues, new or in place of the old one."
+    facts = f'<table>{_facts(about)}</table>' if page else ''
     page = page or report_html(None, {}, {}, about)
-    parts = [_figure('Dialogues', *plot), f'<table>{_facts(about)}</table>']
+    parts = [_figure('Dialogues', *plot), facts]
     parts += [f'<h2>{html.escape(name)}</h2>{html_table(t)}' for name, t in tables.items()]
     parts.append('<h2>Dialogues side by side</h2>')
     for name, content in dialogues.items():
