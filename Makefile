@@ -34,7 +34,7 @@ $(READY): requirements.txt settings.ini setup.py
 
 install: $(READY) ## .venv with the tested versions, once
 
-demo: $(READY) ## the whole pipeline on the pocket model, about three minutes
+demo: $(READY) ## the whole pipeline on the pocket model, about five minutes
 	@$(IN) $(BIN)/socratic run --profile $(PROFILE) --run $(RUN)
 
 test: $(READY) ## every notebook as a test, and tests/
