@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['UNSEEN_THINGS', 'GENERAL_QUESTIONS', 'EXAMPLE_REQUESTS', 'MISCONCEPTION_QUESTIONS', 'ELABORATION_REQUESTS',
            'REPETITION_REQUESTS', 'EXERCISE_OPENERS', 'EXERCISE_REQUESTS', 'CLAIM_REQUESTS', 'STARTING_POINT_REQUESTS',
-           'HINT_REQUESTS', 'NEXT_REQUESTS', 'SERIES', 'STATEMENT_REQUESTS', 'CLASSIFICATION_PROMPTS', 'SPECIAL_TOKENS',
-           'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'N_BUNDLED_ROWS', 'smalltalk', 'add_noise',
-           'open_questions', 'direct_exchange', 'follow_up', 'write_exercise', 'request_exercise', 'exercise_series',
-           'check_statement', 'classify_question', 'chat_document', 'textbook_page', 'exercise_page', 'lesson',
-           'lesson_document', 'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text', 'new_model',
-           'encode_documents', 'make_batches', 'orthogonalize', 'Muon', 'make_optimizers', 'learning_rate_factor',
-           'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
+           'HINT_REQUESTS', 'NEXT_REQUESTS', 'SERIES', 'STATEMENT_REQUESTS', 'CLASSIFICATION_PROMPTS', 'NAMED_LESSONS',
+           'SPECIAL_TOKENS', 'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'N_BUNDLED_ROWS', 'smalltalk',
+           'add_noise', 'open_questions', 'direct_exchange', 'follow_up', 'write_exercise', 'request_exercise',
+           'exercise_series', 'check_statement', 'classify_question', 'chat_document', 'textbook_page', 'exercise_page',
+           'lesson', 'lesson_document', 'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text',
+           'new_model', 'encode_documents', 'make_batches', 'orthogonalize', 'Muon', 'make_optimizers',
+           'learning_rate_factor', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
 
 # %% ../nbs/90_pocket.ipynb #5132c7ff
 import hashlib
@@ -419,6 +419,9 @@ def exercise_page(
     return dict(text='\n'.join([*lines, *rng.sample(parts, 3)]))
 
 # %% ../nbs/90_pocket.ipynb #9000d018
+NAMED_LESSONS = 0.6  # share of lessons whose replies name the topic, as the pocket profile has it
+
+
 def lesson(
     topic: Topic,
     question: Question,  # what the pupil starts with
@@ -428,11 +431,12 @@ def lesson(
     "What a pupil and a Socratic teacher say to each other."
     messages = []
     pairs = []
+    named = rng.random() < NAMED_LESSONS
     for planned in plan_lesson(topic, question, rng, exchanges):
         messages.append(dict(role='user', content=planned.student))
-        fields = planned._asdict()
+        fields = planned._asdict() | dict(topic=topic, variant=rng.randrange(3), named=named)
         del fields['student']
-        turn = Turn(messages=messages, topic=topic, variant=rng.randrange(3), **fields)
+        turn = Turn(messages=messages, **fields)
         reply = compose(turn, rng)
         messages.append(dict(role='assistant', content=reply))
         pairs.append((add_noise(planned.student, rng), reply))
@@ -445,7 +449,7 @@ def lesson_document(
 ) -> dict:  # with `text`
     "A lesson as plain text."
     question = rng.choice(topic.questions)
-    exchanges = rng.choice([1, 1, 1, 2, 3])
+    exchanges = rng.choice([1, 1, 2, 4, 6])
     lines = [f'# A lesson on {topic.topic}\n']
     for pupil, teacher in lesson(topic, question, rng, exchanges):
         lines.append(f'Pupil: {pupil}\nTeacher: {teacher}')
@@ -636,7 +640,7 @@ def _labels(input_ids, role_ids, assistant_id):
 def encode_documents(
     documents: list[dict],
     tokenizer: PreTrainedTokenizerFast,
-    max_length: int = 384,  # tokens; the rest of a longer document is cut off
+    max_length: int = 640,  # tokens; the rest of a longer document is cut off
 ) -> list[tuple[list[int], list[int]]]:  # (input ids, labels) of each document
     "Documents as token ids and labels."
     texts = [as_text(document, tokenizer) for document in documents]
