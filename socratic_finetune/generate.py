@@ -483,7 +483,7 @@ def forecast(
     teacher,  # an `OpenAITeacher`
     bank: TopicBank,
     settings: Settings,
-    sample: int = 40,  # rows to look at
+    sample: int = 200,  # rows to look at, since lessons differ in length
 ) -> dict:  # `requests`, `tokens_in`, `tokens_out`, and `cost` in dollars (None: unknown)
     "What a dataset will take, without what a provider's prompt cache saves."
     rows = plan[:: max(1, len(plan) // sample)]
@@ -492,8 +492,9 @@ def forecast(
         messages = []
         topic = bank[row['topic']] if row['topic'] else None
         for planned in row['turns']:
-            messages.append(dict(role='user', content=planned.student))
-            turn = Turn(messages=messages, topic=topic, move=planned.move, step=planned.step)
+            fields = planned._asdict()
+            messages.append(dict(role='user', content=fields.pop('student')))
+            turn = Turn(messages=messages, topic=topic, **fields)
             estimates += _requests_for_turn(teacher, turn, settings)
             messages.append(dict(role='assistant', content=TYPICAL_REPLY))
     scale = len(plan) / max(1, len(rows))

@@ -392,7 +392,8 @@ def test_the_bundled_dataset_is_varied_and_faultless(bundled):
     assert report['conversations'] > 0.25
     assert report['its_share'] < 0.04
     assert report['end_in_question'] > 0.9  # the others close a lesson
-    for fault in ('leaks', 'discouraging', 'near_duplicates', 'outside_15_to_80_words'):
+    assert report['outside_15_to_80_words'] < 0.03 * report['rows']
+    for fault in ('leaks', 'ask_twice', 'discouraging', 'near_duplicates'):
         assert report[fault] == 0
 
 
