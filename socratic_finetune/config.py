@@ -131,7 +131,9 @@ class TrainingSettings(BaseModel):
         4, ge=1, description='forward passes per optimizer step'
     )
     max_grad_norm: float = Field(0.3, gt=0, description='gradients are clipped to this norm')
-    max_length: int = Field(512, ge=16, description='tokens per training row; longer rows are cut')
+    max_length: int = Field(
+        1024, ge=16, description='tokens per training row; longer rows are cut'
+    )
     max_tokens_per_microbatch: int = Field(
         640, ge=16, description='tokens of a step that pass the model at once on a CPU, about'
     )

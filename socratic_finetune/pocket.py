@@ -573,7 +573,7 @@ def train_tokenizer(
         pad_token='<pad>',
         padding_side='left',
         additional_special_tokens=ROLE_TOKENS,
-        model_max_length=512,
+        model_max_length=1024,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
