@@ -234,6 +234,8 @@ def next_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of th
         taken_up = ('', new_question(turn, phrases()['uptake'], rng))
         takes_up = turn.named or rng.random() < UPTAKE
         steps = [taken_up, *climb] if takes_up else [*climb, taken_up, *steps]
+    if turn.move in ('withhold', 'return') and not turn.named:
+        steps = [*steps[:-1], *climb, steps[-1]]
     if turn.move == 'correct':
         steps = [('', topic.test), *steps]
     rest = [('', question) for question in topic.asks]
