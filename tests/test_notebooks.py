@@ -1,40 +1,59 @@
 "Every notebook is a test: executed as nbdev_test does, in a process and a runs folder of its own."
 
+import multiprocessing
 import os
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as execute_notebook
 from pages import notebooks
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / 'nbs'
-EXECUTE = """
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
+ENVIRONMENT = {
+    'HF_HUB_OFFLINE': '1',
+    'TOKENIZERS_PARALLELISM': 'false',
+    'MPLBACKEND': 'agg',
+    'CUDA_VISIBLE_DEVICES': '',
+}
 
-config = get_config()
-notebook = Path(sys.argv[1]).absolute()
-ok, _ = test_nb(notebook, skip_flags=config.tst_flags.split(), basepath=config.config_path)
-sys.exit(not ok)
-"""
+
+@pytest.fixture(scope='module')
+def server():
+    """Forks the process of each notebook from one that has imported what nearly all of them
+    import, and done nothing else: importing it takes longer than most notebooks."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in ENVIRONMENT.items():
+            environment.setenv(name, value)
+        for name in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'):
+            environment.delenv(name, raising=False)
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['test_notebooks', 'socratic_finetune.benchmark'])
+        yield context
+
+
+def run_notebook(path, folder):
+    "To be called in a process of its own; its exit code is 0 if every cell ran."
+    os.environ |= {'SOCRATIC_RUNS': str(folder / 'runs'), 'IPYTHONDIR': str(folder / 'ipython')}
+    os.chdir(NBS)
+    config = get_config()
+    flags = config.tst_flags.split()
+    with open(folder / 'output.txt', 'w') as file, redirect_stdout(file), redirect_stderr(file):
+        ok, _ = execute_notebook(path, skip_flags=flags, basepath=config.config_path)
+    sys.exit(not ok)
 
 
 @pytest.mark.parametrize('name', [str(path.relative_to(NBS)) for path in notebooks(NBS)])
-def test_notebook(name, tmp_path):
+def test_notebook(name, tmp_path, server):
     (tmp_path / 'runs').mkdir()
-    env = dict(os.environ)
-    env |= dict(SOCRATIC_RUNS=str(tmp_path / 'runs'), IPYTHONDIR=str(tmp_path / 'ipython'))
-    env |= dict(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
-    env |= dict(MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='')
-    for key in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'):
-        env.pop(key, None)
-    command = [sys.executable, '-c', EXECUTE, str(NBS / name)]
-    done = subprocess.run(command, cwd=NBS, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:] or done.stdout[-3000:]
+    process = server.Process(target=run_notebook, args=(NBS / name, tmp_path))
+    process.start()
+    process.join(900)
+    process.kill()
+    assert process.exitcode == 0, (tmp_path / 'output.txt').read_text()[-6000:]
 
 
 def test_there_are_notebooks():
