@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import processes
 import pytest
 
 from socratic_finetune.conversation import ScriptedTutor
@@ -170,7 +169,13 @@ def test_control_c_stops_the_reply_and_control_d_leaves(shell):
 
 
 def test_a_pipe_gets_replies_and_nothing_else():
-    done = processes.run(PROGRAM, stdin='/tuned\nhello\n\n')
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM],
+        input='/tuned\nhello\n\n',
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, 'tuned will answer\n')
     assert done.stdout == 'tuned heard 2 messages at 0.0.\nleft in peace\n'
 
