@@ -155,6 +155,12 @@ class ApiSettings(BaseModel):
     tokens_per_minute: int | None = Field(
         None, ge=1, description="the provider's limit; None: none"
     )
+    api_timeout: float = Field(
+        300, gt=0, description='seconds to wait for an answer; a slow local model needs minutes'
+    )
+    api_max_tokens: int = Field(
+        1000, ge=16, description="longest answer of teacher or judge, a model's thoughts included"
+    )
     api_cache: str = Field(
         '', description='folder for answered requests; empty: `requests` in the run folder'
     )
