@@ -886,14 +886,19 @@ def timeout(self: Client) -> float:
 def last_words(
     error: Exception,  # of the last attempt
     timeout: float,  # seconds that it could take
+    address: str,  # of the server
 ) -> str:
     "Why there is no answer, in the server's words, or else in the library's."
-    if isinstance(error, APITimeoutError) or 'Timeout' in read_fault(error).cause:
+    fault = read_fault(error)
+    if isinstance(error, APITimeoutError) or 'ReadTimeout' in fault.cause:
         return (
             f'no answer within {timeout:g} s; a slow model needs more, '
             f'as with --set api_timeout={3 * timeout:g}'
         )
-    return read_fault(error).words or 'the server gave no reason'
+    if fault.words and not isinstance(error, APIConnectionError):
+        return fault.words
+    words = fault.words or 'the server gave no reason'
+    return f'{words}; check that the server is up, and its address {address}'
 
 # %% ../nbs/80_client.ipynb #c1100032
 @patch
@@ -923,10 +928,9 @@ def send(
     except (OpenAIError, ValueError) as error:
         kind = FatalError if is_connection_refused(error) else RetriesExhausted
         attempts = retrying.statistics['attempt_number']
-        words = redact(last_words(error, self.timeout), self.openai.api_key)
+        words = redact(last_words(error, self.timeout, self.address), self.openai.api_key)
         raise kind(
-            f'{self.model} did not answer in {attempts} attempts ({type(error).__name__}): '
-            f'{words}; check that {self.address} is up'
+            f'{self.model} did not answer in {attempts} attempts ({type(error).__name__}): {words}'
         ) from None
 
 # %% ../nbs/80_client.ipynb #c1100038
@@ -1358,7 +1362,7 @@ def run_batch(
     except OpenAIError as error:
         unavailable = FatalError(
             f'the batch could not be looked after ({type(error).__name__}): '
-            f'{last_words(error, client.timeout)}; the same command goes on'
+            f'{last_words(error, client.timeout, client.address)}; the same command goes on'
         )
         error = is_permanent(error, client.model, client.address) or unavailable
         raise _redacted(error, client.openai.api_key) from None

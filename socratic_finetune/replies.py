@@ -241,7 +241,7 @@ def read_events(
 # %% ../nbs/78_replies.ipynb #78e00024
 def read_choice(
     body: dict,  # an answer or an event
-) -> dict | None:  # `content`, `refusal` and `finish_reason`; None where there is no choice
+) -> dict | None:  # `content`, `refusal`, `finish_reason`, `is_complete`; None without a choice
     """The first choice of an answer, with its message as plain text.
 
     Raises `ErrorInAnswer` for a choice that is an error."""
@@ -260,6 +260,7 @@ def read_choice(
         content=message_text(message.get('content')),
         refusal=valid_unicode(message_text(refusal)) or None,
         finish_reason=reason if isinstance(reason, str) else None,
+        is_complete=isinstance(choice.get('message'), dict),
     )
 
 # %% ../nbs/78_replies.ipynb #78e00027
