@@ -775,6 +775,16 @@ def format_agreement(
     return table.to_string(index=False, na_rep='')
 
 
+def _none_judged(table: Path) -> SocraticError:
+    "The error of a file in which no reply could be judged."
+    with open(table, encoding='utf8', newline='') as file:
+        errors = [row['error'] for row in csv.DictReader(file)]
+    return SocraticError(
+        f'none of {len(errors)} replies was judged: {errors[0]} '
+        f'(all reasons are in {short_path(table)}, column error)'
+    )
+
+
 def _print_agreement():
     "How well the built-in judge agrees with people."
     from socratic_finetune.rating_model import RatingModel
@@ -786,16 +796,6 @@ def _print_agreement():
     print(format_agreement(figures['mathdial']))
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11db
-def _none_judged(table: Path) -> SocraticError:
-    "The error of a file in which no reply could be judged."
-    with open(table, encoding='utf8', newline='') as file:
-        errors = [row['error'] for row in csv.DictReader(file)]
-    return SocraticError(
-        f'none of {len(errors)} replies was judged: {errors[0]} '
-        f'(all reasons are in {short_path(table)}, column error)'
-    )
-
-
 @app.command('judge')
 def judge_command(
     file: Annotated[
