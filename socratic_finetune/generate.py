@@ -576,8 +576,8 @@ def generate(
     """Make the dataset of a run, resuming where an earlier attempt stopped.
 
     Writes `sft.jsonl`, in the plan's order, and `quarantine.jsonl`. Raises `SocraticError` if
-    five neighbours fail, or a file cannot be written; `FatalError` if no further request makes
-    sense."""
+    five neighbours fail, or all rows, or a file cannot be written; `FatalError` if no further
+    request makes sense."""
     settings = run.settings
     bank = bank or load_topics(settings.topics or None)
     teacher = teacher or make_teacher(settings, bank, run.path('requests'), batch)
@@ -593,6 +593,10 @@ def generate(
     rows, repeats = drop_repeats(made, exchanges=asks_again)
     failed = [progress.failed[row['id']] for row in plan if row['id'] in progress.failed]
     write_jsonl(run.path('quarantine.jsonl'), failed + repeats)
+    if failed and not rows:
+        raise SocraticError(
+            f'none of {len(failed)} rows could be made; the first: {failed[0]["reason"]}'
+        )
     write_jsonl(run.path('sft.jsonl'), rows)
     partial.unlink(missing_ok=True)
     return rows

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 from fastcore.basics import patch
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from scipy.stats import pearsonr, spearmanr
 
 from .client import Client, FatalError, client_for
@@ -35,6 +35,7 @@ from socratic_finetune.rating_model import (
     extract_features,
     extract_phrases,
 )
+from .replies import strip_thoughts
 from socratic_finetune.signals import (
     HINT_CUE,
     TASK_CUE,
@@ -145,7 +146,7 @@ class Case:
         topic = reference if isinstance(reference, Topic) else None
         answer = topic.direct_answer(question) if topic else reference
         turns = [turn for turn in context or [] if turn['role'] != 'system']
-        return cls(question, normalize_text(reply), turns, topic, answer)
+        return cls(question, normalize_text(strip_thoughts(reply)), turns, topic, answer)
 
     @cached_property
     def student_text(self) -> str:
@@ -482,6 +483,13 @@ class Rubric(BaseModel):
     correct: float
     clear: float
     encouraging: float
+
+    @field_validator(*CRITERIA)
+    @classmethod
+    def _is_in_range(cls, mark: float) -> float:
+        if not 0 <= mark <= 1:
+            raise ValueError(f'{mark:g} is not from 0 to 1')
+        return mark
 
 # %% ../nbs/09_judge.ipynb #37c7ff26
 def system_prompt() -> str:
