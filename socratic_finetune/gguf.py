@@ -6,7 +6,7 @@
 __all__ = ['MAGIC', 'SPLIT_NAME', 'END_OF_TURN', 'SINGLE_DIGITS', 'LLAMA3_ROPE', 'find_gguf', 'file_sha256', 'gguf_cache',
            'find_converted', 'open_gguf', 'end_of_turn_ids', 'convert_gguf']
 
-# %% ../nbs/78_gguf.ipynb #7358b9b6
+# %% ../nbs/78_gguf.ipynb #bd26f9fb
 import hashlib
 import os
 import re
@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedTokenizerFast,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -156,16 +157,24 @@ def end_of_turn_ids(
     found += [special.get(token) for token in END_OF_TURN]
     return sorted(set(found) - {None})
 
-# %% ../nbs/78_gguf.ipynb #b9ad00d0
+# %% ../nbs/78_gguf.ipynb #c2465805
 SINGLE_DIGITS = ('smollm', 'starcoder', 'refact')  # tokenizers that never join two digits
 
 
 def _load_tokenizer(path, reader):
-    "The tokenizer of a GGUF file, with its chat template."
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if _value(reader, 'tokenizer.ggml.pre') in SINGLE_DIGITS:
-        # transformers' reader splits these as it splits GPT-2's
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    "The tokenizer of a GGUF file, with its chat template; it splits a text as llama.cpp does."
+    # the plain class: those of a family split text in that family's way, whatever the file says
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    backend = tokenizer.backend_tokenizer
+    kind = _value(reader, 'tokenizer.ggml.model')
+    if kind == 'llama' and _value(reader, 'tokenizer.ggml.add_space_prefix') is not False:
+        # SentencePiece in Llama's manner: a space in front, and behind each special token
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+        )
+        backend.pre_tokenizer = None
+    if _value(reader, 'tokenizer.ggml.pre') in SINGLE_DIGITS:  # read as GPT-2's otherwise
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
@@ -173,7 +182,15 @@ def _load_tokenizer(path, reader):
         )
     return tokenizer
 
-# %% ../nbs/78_gguf.ipynb #a9657927
+
+def _check_tokenizer(path, folder, tokenizer):
+    "Raise `SocraticError` if the tokenizer that was saved is read as another one."
+    saved = AutoTokenizer.from_pretrained(folder)
+    text = f'{tokenizer.eos_token}\nIn 2024, what is  it?{tokenizer.eos_token}'
+    if saved(text)['input_ids'] != tokenizer(text)['input_ids']:
+        raise _refuse(path, 'has a tokenizer that its kind of model is not known to have')
+
+# %% ../nbs/78_gguf.ipynb #8b59f113
 LLAMA3_ROPE = dict(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
@@ -200,6 +217,10 @@ def _load_config(path, reader):
     head_dim = _value(reader, f'{architecture}.attention.key_length')
     if head_dim and hasattr(config, 'head_dim'):
         config.head_dim = head_dim
+    if hasattr(config, 'query_pre_attn_scalar'):  # Gemma; the models of 27 billion differ
+        per_head = config.hidden_size // config.num_attention_heads
+        is_27b = (architecture, config.num_hidden_layers) in (('gemma2', 46), ('gemma3', 62))
+        config.query_pre_attn_scalar = per_head if is_27b else config.head_dim
     scaling = _value(reader, f'{architecture}.rope.scaling.type') or 'none'
     tables = {tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith('rope')}
     if 'rope_freqs.weight' in tables and len(tables) == 1 and scaling == 'none':
@@ -250,7 +271,7 @@ def _load_weights(path, reader, config):
     _check_weights(path, reader, model, state, sorted(info['missing_keys']))
     return model.config, state
 
-# %% ../nbs/78_gguf.ipynb #97bc3e6e
+# %% ../nbs/78_gguf.ipynb #747fa111
 def _write_folder(path, sha256, folder):
     "Convert a GGUF file into an empty folder."
     reader = open_gguf(path)
@@ -266,6 +287,7 @@ def _write_folder(path, sha256, folder):
     config.gguf_sha256 = sha256
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _check_tokenizer(path, folder, tokenizer)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_of_turn_ids(reader, tokenizer),
