@@ -767,6 +767,7 @@ def _summarize(trainer, tokenizer, train, valid, dropped, settings, seconds, fir
         trainable=trainer.model.get_nb_trainable_parameters()[0],
         memory_gb=round(peak_memory(trainer.args.device.type), 2),
         dropped=dropped,
+        base_sha256=getattr(trainer.model.config, 'gguf_sha256', None),
     )
     if settings.early_stopping_patience:
         result['best_step'] = state.best_global_step
@@ -775,7 +776,7 @@ def _summarize(trainer, tokenizer, train, valid, dropped, settings, seconds, fir
     return result | dict(log=_training_log(state.log_history))
 
 # %% ../nbs/06_finetune.ipynb #8c781a97
-def _metadata(settings, model, result, n_train):
+def _metadata(settings, result, n_train):
     "What `training.json` in the adapter's folder says."
     return dict(
         settings=settings.model_dump(mode='json'),
@@ -784,7 +785,7 @@ def _metadata(settings, model, result, n_train):
         steps=result['steps'],
         tokens=result['tokens'],
         trainable=result['trainable'],
-        base_sha256=getattr(model.config, 'gguf_sha256', None),
+        base_sha256=result['base_sha256'],
     )
 
 # %% ../nbs/06_finetune.ipynb #d39e23e6
@@ -836,8 +837,7 @@ def finetune(
             trainer, tokenizer, train, valid, dropped, settings, seconds, first_step
         )
         if state.is_main_process:
-            metadata = _metadata(settings, model, result, len(train))
-            save_adapter(trainer.model, tokenizer, folder, metadata)
+            save_adapter(trainer.model, tokenizer, folder, _metadata(settings, result, len(train)))
         state.wait_for_everyone()
     if checkpoints and state.is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)

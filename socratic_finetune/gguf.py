@@ -296,7 +296,7 @@ def _write_folder(path, sha256, folder):
     save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
     (folder / 'model.safetensors').chmod(0o644)
 
-# %% ../nbs/78_gguf.ipynb #ecb15bc4
+# %% ../nbs/78_gguf.ipynb #47cf08a7
 def _convert_into(cache, path, sha256, report):
     "Convert a file under a lock; a folder in the cache is whole from its first moment."
     with FileLock(cache / f'.{sha256[:16]}.lock'):
@@ -316,7 +316,7 @@ def _convert_into(cache, path, sha256, report):
             shutil.rmtree(hidden, ignore_errors=True)
         return folder
 
-
+# %% ../nbs/78_gguf.ipynb #fd9bb8ba
 def convert_gguf(
     path: str | Path,
     report=print,  # called with a line before the conversion, which takes a while

@@ -18,6 +18,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,7 +41,10 @@ def _is_local(name: str) -> bool:
 def _is_cached(name: str) -> bool:
     "Whether configuration and weights of a Hub id have been downloaded."
     weights = ('model.safetensors', 'model.safetensors.index.json')
-    files = [try_to_load_from_cache(name, file) for file in ('config.json', *weights)]
+    try:
+        files = [try_to_load_from_cache(name, file) for file in ('config.json', *weights)]
+    except HFValidationError:  # no Hub id is spelled like this
+        return False
     config, *weights = [isinstance(file, str) for file in files]
     return config and any(weights)
 
@@ -106,7 +110,7 @@ def _hub_base(name: str) -> str:
         f'check the name and the connection, or give a local folder or a GGUF file{wheel}'
     )
 
-
+# %% ../nbs/81_models.ipynb #5a0e81d3
 def resolve_base_model(
     name: str,  # `pocket`, a folder, a GGUF file, or a Hub id such as `Qwen/Qwen3-0.6B`
     sha256: str | None = None,  # of the GGUF file that an adapter was trained on

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 'NRows', 'BaseModelName', 'AdapterFolder', 'TeacherName',
            'JudgeName', 'ConstitutionFile', 'Arm', 'ServerUrl', 'Overrides', 'notebook_path', 'ProgressLines',
-           'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'absolute_file', 'parse_settings',
-           'profile_for', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings', 'show_version',
+           'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'parse_settings', 'profile_for',
+           'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings', 'show_version',
            'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
            'infer_command', 'evaluate_command', 'chat_command', 'format_agreement', 'judge_command', 'report_command',
            'pocket_command', 'main']
@@ -333,15 +333,6 @@ def flag(
     return typer.Option(*names, help=help, callback=callback)
 
 
-def absolute_file(
-    name: str | None,  # of a base model
-) -> str | None:
-    "The same name; a file's whole path, so that an adapter finds its base from any folder."
-    if name and Path(name).expanduser().is_file():
-        return str(Path(name).expanduser().resolve())
-    return name
-
-
 def parse_settings(
     pairs: list[str] | None,  # such as `['num_train_epochs=3', 'target_modules=[q_proj, v_proj]']`
 ) -> dict:  # setting by name; values are read as YAML
@@ -370,6 +361,15 @@ def profile_for(
         if defaults['base_model'] == base_model:
             return name
     return 'tinyllama'
+
+# %% ../nbs/14_pipeline.ipynb #5a0e8211
+def absolute_file(
+    name: str | None,  # of a base model
+) -> str | None:
+    "The same name; a file's whole path, so that an adapter finds its base from any folder."
+    if name and Path(name).expanduser().is_file():
+        return str(Path(name).expanduser().resolve())
+    return name
 
 # %% ../nbs/14_pipeline.ipynb #0b73056a
 def _given(changes):
