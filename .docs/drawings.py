@@ -274,6 +274,28 @@ DRAWINGS = {
         arrows=['base > tune', 'tune > adapter', 'adapter > tutor', 'base > tutor'],
         size=(7.7, 4),
     ),
+    'gguf': Drawing(
+        boxes=dict(
+            file=(1.3, 1.6, 'model.gguf\nmetadata, tokenizer\nblocks of 4 bits', 'file'),
+            convert=(3.4, 1.6, 'convert,\nonce', 'stage'),
+            folder=(
+                6,
+                1.6,
+                'cache/model-CHECKSUM/\nconfig, tokenizer\nsafetensors in bf16',
+                'good',
+            ),
+            tune=(6, 4, 'finetune', 'stage'),
+            adapter=(3.4, 4, 'adapter/\nfile and checksum', 'file'),
+        ),
+        arrows=[
+            'file > convert',
+            'convert > folder',
+            'folder > tune',
+            'tune > adapter',
+            'adapter ~ file: which file?',
+        ],
+        size=(7.7, 5.2),
+    ),
     'lessons': Drawing(
         boxes=dict(
             change=(1, 1.2, 'one change in\nthe reference', 'file'),

@@ -166,8 +166,10 @@ def _file_checksum(path, changed):
     return checksum.digest()
 
 
-def _weights_in(folder):
-    return sorted(folder.glob('*.safetensors')) if folder.is_dir() else []
+def _weights_in(base):
+    if base.is_file():  # GGUF
+        return [base]
+    return sorted([*base.glob('*.safetensors'), *base.glob('*.gguf')]) if base.is_dir() else []
 
 
 def reply_fingerprint(

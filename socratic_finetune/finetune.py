@@ -781,6 +781,7 @@ def _summarize(trainer, tokenizer, train, valid, dropped, settings, seconds, fir
         trainable=trainer.model.get_nb_trainable_parameters()[0],
         memory_gb=round(peak_memory(trainer.args.device.type), 2),
         dropped=dropped,
+        base_sha256=getattr(trainer.model.config, 'gguf_sha256', None),
     )
     if settings.early_stopping_patience:
         result['best_step'] = state.best_global_step
@@ -798,6 +799,7 @@ def _metadata(settings, result, n_train):
         steps=result['steps'],
         tokens=result['tokens'],
         trainable=result['trainable'],
+        base_sha256=result['base_sha256'],
     )
 
 # %% ../nbs/06_finetune.ipynb #d39e23e6

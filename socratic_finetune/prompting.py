@@ -10,6 +10,7 @@ __all__ = ['LLAMA2_TEMPLATE', 'set_chat_format', 'to_messages', 'token_ids', 're
 import html
 
 import torch
+from jinja2 import TemplateError
 
 from .config import SocraticError
 
@@ -86,10 +87,19 @@ def render(
     messages: list[dict],
     add_generation_prompt: bool = False,  # end where the tutor starts to speak
 ) -> str:
-    "Messages as the text that the template makes of them."
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    """Messages as the text that the template makes of them.
+
+    Raises `SocraticError` if it refuses them, as Gemma 2's refuses a system prompt."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise SocraticError(
+            f"the base model's chat template refuses this conversation ({error}): without system "
+            'messages it may do, with system_prompt="" and rows that have none; or use '
+            'chat_format="llama2"'
+        ) from None
 
 
 def prompt_ids(

@@ -109,7 +109,7 @@ def end_ids(self: Tutor) -> set[int]:
 
 # %% ../nbs/07_tutor.ipynb #6605d62b
 def _check_adapter(adapter, settings):
-    "Raise `SocraticError` if a folder is no adapter, or one of another base."
+    "The checksum of an adapter's base, if named; raises `SocraticError` if it is another's."
     config_file = Path(adapter) / 'adapter_config.json'
     weights_file = Path(adapter) / 'adapter_model.safetensors'
     if not config_file.is_file() or not weights_file.is_file():
@@ -123,6 +123,10 @@ def _check_adapter(adapter, settings):
             f'the adapter in {adapter} was trained on {base!r}, not on {settings.base_model!r}: '
             f'give it its own base with base_model={base!r}'
         )
+    training_file = Path(adapter) / 'training.json'
+    if not training_file.is_file():
+        return None
+    return json.loads(training_file.read_text(encoding='utf8')).get('base_sha256')
 
 # %% ../nbs/07_tutor.ipynb #581122ee
 def _adapter_tokenizer(adapter, tokenizer, settings):
@@ -208,8 +212,8 @@ def load(
     if adapter is None:
         model, tokenizer = load_base(settings)
         return cls(model, tokenizer, settings, note=_prepare_weights([model], settings, streaming))
-    _check_adapter(adapter, settings)
-    base, tokenizer = load_base(settings)
+    base_sha256 = _check_adapter(adapter, settings)
+    base, tokenizer = load_base(settings, base_sha256)
     tokenizer = _adapter_tokenizer(adapter, tokenizer, settings)
     try:
         model = PeftModel.from_pretrained(base, adapter)

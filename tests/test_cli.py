@@ -379,7 +379,8 @@ def test_no_key(socratic, tmp_path):
 
 
 def test_misspelt_settings(socratic):
-    says(socratic('run', '--profile', 'huge'), "profile 'huge' is not known", 'pocket, tinyllama')
+    profiles = 'pocket, smollm2, tinyllama'
+    says(socratic('run', '--profile', 'huge'), "profile 'huge' is not known", profiles)
     says(socratic('run', '--set', 'learnrate=1'), 'learnrate', 'learning_rate')
     says(socratic('run', '--n', 0), 'n_rows=0')
     says(socratic('report', '--run', 'never'), 'holds no run')
