@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from .config import SocraticError, data_path
+from .config import SocraticError, data_path, read_text
 
 # %% ../nbs/02_topics.ipynb #e1c3196c
 def words(
@@ -336,8 +336,8 @@ def __getitem__(
 def _load_file(path):
     "The topics of a subject's file, and the faults found in it, as sentences."
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf8'))
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, SocraticError) as error:
         return [], [f'{path.name}: {error}']
     cards = content.get('cards') if isinstance(content, dict) else None
     if not isinstance(cards, list) or 'subject' not in content:
