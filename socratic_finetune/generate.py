@@ -683,7 +683,9 @@ def dataset_report(
         raise SocraticError(
             'the dataset has no rows: run the generate stage, or give another file'
         )
-    bank = bank or load_topics()
+    if bank is None:
+        knows_topics = any(isinstance(row.get('topic'), str) for row in rows)
+        bank = load_topics() if knows_topics else TopicBank([])
     conversations = [row_messages(row) for row in rows]
     replies = [messages[-1]['content'] for messages in conversations]
     questions = [_last_question(messages).strip().lower() for messages in conversations]

@@ -398,7 +398,7 @@ def _by_columns(table):
     for column in table.values():
         if isinstance(column, dict) and all(key.isdigit() for key in column):  # as in pandas
             column = list(column.values())
-        if not isinstance(column, list) or any(_is_message(value) for value in column):
+        elif not isinstance(column, list) or any(isinstance(value, dict) for value in column):
             return None
         columns.append(column)
     if not _looks_like_row(table) or len({len(column) for column in columns}) != 1:
@@ -419,7 +419,7 @@ def _rows_of_object(table):
                 raise ValueError(f'it holds several lists, {_listed(lists)}: give one of them')
             rows = [row['row'] if set(row) >= {'row', 'row_idx'} else row for row in lists[key]]
             return f'JSON, its list {key!r}', rows
-    raise ValueError('it holds no list of rows: write one JSON object on each line')
+    return 'one JSON object', [table]
 
 # %% ../nbs/82_rows.ipynb #f11e2013
 def _flatten(number, value):
