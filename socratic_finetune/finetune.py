@@ -124,7 +124,7 @@ def _check_vocabulary(tokenizer, ids, vocab_size):
             'came with the model, or call model.resize_token_embeddings and save both'
         )
 
-
+# %% ../nbs/06_finetune.ipynb #f11ea004
 def encode_rows(
     rows: list[dict],  # with `messages`; `id`, `topic` and `split` are used where they are there
     tokenizer,  # chat format set
@@ -203,7 +203,7 @@ def _load_tokenizer(settings):
     set_chat_format(tokenizer, settings.chat_format)
     return tokenizer, getattr(config, 'vocab_size', None)
 
-
+# %% ../nbs/06_finetune.ipynb #f11ea005
 def describe_encoding(
     rows_file: RowsFile,  # from `open_rows`
     settings: Settings,  # `base_model`, `chat_format`, `max_length`
@@ -221,7 +221,7 @@ def describe_encoding(
     described = [
         ('tokens of', f'{settings.base_model}, chat_format {settings.chat_format}'),
         ('encoded', f'{len(encoded)} rows, {n_tokens:,} tokens, {n_labels:,} learned'),
-        ('shortened', f'{sum(row["n_cut"] > 0 for row in encoded)} to whole replies that fit'),
+        ('shortened', f'{sum(row["n_cut"] > 0 for row in encoded)} rows, behind a whole reply'),
     ]
     described += [(f'dropped: line {d["row"]}', d['reason']) for d in dropped[:8]]
     kept = [i for i in lines if i not in {d['row'] for d in dropped}]
@@ -796,7 +796,7 @@ def describe_training(
     n_tokens = sum(row['length'] for row in train)
     line += f'; {len(train)} rows of {n_tokens:,} tokens, {len(valid)} for validation'
     if n_cut := sum(row['n_cut'] > 0 for row in train + valid):
-        line += f', {n_cut} shortened to the replies that fit'
+        line += f', {n_cut} shortened behind a whole reply'
     if dropped:
         names = ', '.join(str(row['row']) for row in dropped[:3])
         if len(dropped) > 3:
@@ -892,9 +892,7 @@ def finetune(
     settings: Settings,
     rows: list[dict],  # with `messages`
     folder: str | Path,  # where the adapter goes
-    checkpoints: str
-    | Path
-    | None = None,  # to resume from and to write to; None: a temporary folder
+    checkpoints: str | Path | None = None,  # to resume from and to write to; None: temporary
     report=print,  # called with lines of information, in the main process only
     callbacks: tuple = (),  # further `TrainerCallback`s
 ) -> dict:  # `steps`, `tokens_per_second`, `log` and more: see `finetune.json`
@@ -909,8 +907,8 @@ def finetune(
         report = _silent
     with tempfile.TemporaryDirectory() as tmp, explain_out_of_resources(checkpoints or folder):
         model, tokenizer, reason = _load_for_training(settings)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        encoded, dropped = encode_rows(rows, tokenizer, settings.max_length, vocab_size)
+        n_embeddings = len(model.get_input_embeddings().weight)
+        encoded, dropped = encode_rows(rows, tokenizer, settings.max_length, n_embeddings)
         train, valid = split_rows(encoded, VALIDATION_SHARE, settings.seed)
         training_fingerprint = fingerprint(settings, encoded, model)
         with state.main_process_first():

@@ -648,7 +648,7 @@ def _last_question(messages):
 def _n_exchanges(messages):
     return sum(message['role'] == 'user' for message in messages)
 
-
+# %% ../nbs/04_generate.ipynb #f11ea001
 def _reply_figures(replies):
     "Lengths, openings, diversity and faults of replies."
     n = len(replies)

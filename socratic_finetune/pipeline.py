@@ -830,7 +830,7 @@ def _print_headings(pairs):
             value = ', '.join(f'{name} {count}' for name, count in value.items())
         print(_printable(f'{heading.replace("_", " "):26} {value}'))
 
-
+# %% ../nbs/14_pipeline.ipynb #f11ea006
 @app.command('report')
 def report_command(
     data_path: Annotated[

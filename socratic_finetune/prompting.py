@@ -112,7 +112,7 @@ def _join_turns(messages):
             joined.append(message)
     return joined
 
-
+# %% ../nbs/05_prompting.ipynb #f11ea002
 def _fold_system(messages):
     "Messages with each system prompt at the head of the next user's turn."
     folded = []
@@ -163,7 +163,7 @@ def conform_messages(
         'use chat_format="llama2", or change the order of its turns'
     )
 
-
+# %% ../nbs/05_prompting.ipynb #f11ea065
 def render(
     tokenizer,  # with its chat template set
     messages: list[dict],
@@ -232,7 +232,7 @@ def _labels(tokenizer, text, ids, spans):
         labels.append(token if inside and not ended else -100)
     return labels
 
-
+# %% ../nbs/05_prompting.ipynb #f11ea003
 def cut_row(
     row: dict[str, list[int]],  # `input_ids` and `labels`
     max_length: int | None,  # tokens

@@ -56,7 +56,7 @@ def _brief(value):
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + '…'
 
-
+# %% ../nbs/82_rows.ipynb #f11ea007
 def _role(message):
     names = [message[key] for key in ('role', 'from') if _is_given(message.get(key))]
     if not names:
@@ -174,7 +174,7 @@ def _side(value, role):
         return [_read_message(message) for message in messages]
     return [dict(role=role, content=_text(value))]
 
-
+# %% ../nbs/82_rows.ipynb #f11ea008
 def _history(row):
     "Earlier exchanges, as LLaMA-Factory keeps them: pairs of a question and an answer."
     messages = []
@@ -226,7 +226,7 @@ def _check_marks(row):
         if _is_given(row.get(column)):
             raise ValueError(f'`{column}` holds what is no text')
 
-
+# %% ../nbs/82_rows.ipynb #f11ea009
 def _check_messages(messages):
     "Raises `ValueError` for a conversation that cannot be learned from."
     if not messages:
@@ -270,7 +270,7 @@ def _find_columns(row):
     found = _listed(list(row)[:6]) or 'nothing'
     raise ValueError(f'{ROW_FORMATS}; it has {found}')
 
-
+# %% ../nbs/82_rows.ipynb #f11ea00a
 def understand_row(
     row: dict,  # in any of the formats
 ) -> tuple[list[dict], tuple[str, ...], list[str]]:  # messages, format, columns used
@@ -405,7 +405,7 @@ def _by_columns(table):
         return None
     return [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
 
-
+# %% ../nbs/82_rows.ipynb #f11ea00b
 def _rows_of_object(table):
     "The rows of a JSON object: its only list, its columns, or itself."
     lists = {key: v for key, v in table.items() if isinstance(v, list) and v}
@@ -502,7 +502,7 @@ def _header(line, delimiter):
     known |= {*SYSTEM_COLUMNS, 'history', 'id', 'topic', 'split', 'label'}
     return [n.strip().lower() if n.strip().lower() in known else n.strip() for n in names]
 
-
+# %% ../nbs/82_rows.ipynb #f11ea00c
 def _has_rows(names):
     "Whether columns of these names hold rows."
     has_question = not {*QUESTION_COLUMNS}.isdisjoint(names)
@@ -551,7 +551,7 @@ def _table_rows(text, delimiter, n_skipped):
         ) from None
     return DELIMITERS[delimiter], values, faults
 
-
+# %% ../nbs/82_rows.ipynb #f11ea00d
 def _first_line(text):
     return re.split('\r\n|\r|\n', text, maxsplit=1)[0]
 
@@ -604,7 +604,7 @@ def _load_dataset(path):
             )
     return load_dataset(str(path), split='train').to_list()
 
-
+# %% ../nbs/82_rows.ipynb #f11ea00e
 def _open_rows(path):
     "Format, (line, value) pairs and faulty lines of a file or a dataset."
     data = path.read_bytes() if path.is_file() else b''
@@ -683,7 +683,7 @@ def _shown(row):
     except RecursionError:
         return 'an object that is nested too deeply'
 
-
+# %% ../nbs/82_rows.ipynb #f11ea00f
 @patch
 def read(self: RowsFile) -> None:
     "Turn the rows of the table into messages, or set them aside."
@@ -697,8 +697,8 @@ def read(self: RowsFile) -> None:
         self.lines.append(line)
         used = {*used, *(c for c in GROUPING_COLUMNS if _is_given(row.get(c)))}
         self.formats[' + '.join(columns)] += 1
-        self.used.update(used)
-        self.ignored.update(_unused(row, used))
+        self.used.update(sorted(used))
+        self.ignored.update(sorted(_unused(row, used)))
     self.quarantined.sort(key=lambda entry: entry['line'])
 
 
@@ -744,7 +744,7 @@ def describe(self: RowsFile) -> list[tuple[str, str]]:  # headings, and what is 
     "How the file was understood."
     messages = [message for row in self.rows for message in row['messages']]
     replies = [message for message in messages if message['role'] == 'assistant']
-    n_masked = sum(message.get('weight', 1) == 0 for message in replies)
+    n_learned = sum(message.get('weight', 1) for message in replies)
     described = [
         ('file', f'{self.path} ({self.kind})'),
         ('rows read', f'{len(self.rows)}, {len(self.quarantined)} set aside'),
@@ -752,7 +752,7 @@ def describe(self: RowsFile) -> list[tuple[str, str]]:  # headings, and what is 
         ('columns used', _counted(self.used)),
         ('columns ignored', _counted(self.ignored)),
         ('roles', _counted(Counter(message['role'] for message in messages))),
-        ('weights', f'{len(replies) - n_masked} replies are learned, {n_masked} have weight 0'),
+        ('weights', f'{n_learned} of {len(replies)} replies are learned'),
     ]
     reasons = Counter(entry['reason'] for entry in self.quarantined)
     for reason, n in reasons.most_common(8):

@@ -123,25 +123,25 @@ ROWS = [
         'weight 0 of OpenAI and Mistral',
         [dict(messages=masked(TWO, 1))],
         [masked(TWO, 1)],
-        ('1 replies are learned, 1 have weight 0',),
+        ('1 of 2 replies are learned',),
     ),
     Case(
         'train false of ShareGPT',
         [dict(conversations=sharegpt('Why?', 'Because.', 'Why?', 'What moves?', train=False))],
         [masked(TWO, 1)],
-        ('1 have weight 0',),
+        ('1 of 2 replies are learned',),
     ),
     Case(
         'training false of axolotl',
         [dict(conversations=sharegpt('Why?', 'Because.', 'Why?', 'What moves?', training=False))],
         [masked(TWO, 1)],
-        ('1 have weight 0',),
+        ('1 of 2 replies are learned',),
     ),
     Case(
         'loss false of ms-swift',
         [dict(messages=[TWO[0], dict(TWO[1], loss=False), *TWO[2:]])],
         [masked(TWO, 1)],
-        ('1 have weight 0',),
+        ('1 of 2 replies are learned',),
     ),
     Case(
         'weights 0.0, 1.0 and null of SlimOrca',
@@ -156,7 +156,7 @@ ROWS = [
             )
         ],
         [chat('Why?', 'What moves?', 'You?', 'Who?')],
-        ('2 replies are learned, 0 have weight 0',),
+        ('2 of 2 replies are learned',),
     ),
     Case(
         'half a weight',
@@ -976,7 +976,7 @@ def test_the_report_shows_how_a_file_was_understood(tmp_path):
     assert lines['formats'] == 'messages 1, user + assistant 1'
     assert lines['columns ignored'] == 'source 1'
     assert lines['roles'] == 'user 3, assistant 3, system 1'
-    assert lines['weights'] == '2 replies are learned, 1 have weight 0'
+    assert lines['weights'] == '2 of 3 replies are learned'
     assert "from line 2: a message of role 'tool'" in lines['set aside: 1']
     assert lines['encoded'].startswith('2 rows, ')
     mask = done.output.partition('line 1 as tokens')[2].splitlines()
