@@ -42,6 +42,8 @@ def _read_principles(path):
     "The entries of the list `principles` of a YAML file."
     try:
         content = yaml.safe_load(read_text(path))
+    except SocraticError as error:
+        raise _invalid(path, str(error).removeprefix(f'{path} ')) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise _invalid(path, f'no YAML ({str(error).splitlines()[0]})') from None
     entries = content.get('principles') if isinstance(content, dict) else None

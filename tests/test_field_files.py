@@ -36,7 +36,7 @@ from socratic_finetune.generate import dataset_report
 from socratic_finetune.pipeline import app
 from socratic_finetune.prompting import encode, prompt_ids, render, set_chat_format
 from socratic_finetune.rows import open_rows, prompt_completion, read_rows, row_messages
-from socratic_finetune.topics import load_topics
+from socratic_finetune.topics import TopicBank, load_topics
 
 
 def chat(*texts, system=None):
@@ -87,7 +87,7 @@ ROWS = [
         'a system column beside messages',
         [dict(messages=MESSAGES, system='Ask.')],
         [chat('Why?', 'What moves?', system='Ask.')],
-        ('used           system 1', 'ignored        none', 'system 1, user 1'),
+        ('used           messages 1, system 1', 'ignored        none', 'user 1, assistant 1'),
     ),
     Case(
         'a system column beside conversations',
@@ -666,11 +666,6 @@ LATE_SYSTEM = [*chat('a', 'b', system='Ask.'), *chat('c', 'd', system='Only ask.
 
 
 @cache
-def bank():
-    return load_topics()
-
-
-@cache
 def pocket():
     return AutoTokenizer.from_pretrained(data_path('pocket', 'base'))
 
@@ -894,10 +889,10 @@ def test_splits_by_other_names(split):
         split_rows(encode_rows(rows[:1], pocket(), 64)[0], 0.5, seed=1)
 
 
-# tokens and labels of every fourth bundled row, as they were before other files were read too
+# tokens and labels of every eighth bundled row, as they were before other files were read too
 BUNDLED = {
-    'native': '77f4a3e6d3131a34',
-    'llama2': 'f9fdd4ba220eebf8',
+    'native': '5a5548b231ddb27b',
+    'llama2': 'f33af573c4aef119',
 }
 
 
@@ -906,7 +901,7 @@ def test_the_bundled_dataset_becomes_the_same_tokens(chat_format):
     tokenizer = tokenizer_with()
     set_chat_format(tokenizer, chat_format)
     rows, quarantined = read_rows(data_path('tutor_v1_sft.jsonl'))
-    encoded, dropped = encode_rows(rows[::4], tokenizer, 512)
+    encoded, dropped = encode_rows(rows[::8], tokenizer, 512)
     assert len(rows) == 1633 and not quarantined and not dropped
     checksum = hashlib.sha256()
     for row in encoded:
@@ -950,7 +945,7 @@ def test_settings_in_latin1_are_named_with_their_line(tmp_path):
     (tmp_path / 'a.yaml').write_bytes('subject: Physik\ncards: [für]'.encode('latin1'))
     with pytest.raises(SocraticError, match=r'line 2: the byte 0xFC is not UTF-8: save the file'):
         load_topics(tmp_path)
-    with pytest.raises(SocraticError, match=r'line 2: the byte 0xFC is not UTF-8'):
+    with pytest.raises(SocraticError, match=r'not a constitution: line 2: the byte 0xFC is not'):
         load_constitution(tmp_path / 'a.yaml')
     with pytest.raises(SocraticError, match='none.yaml cannot be read: No such file'):
         read_text(tmp_path / 'none.yaml')
@@ -1205,7 +1200,7 @@ def test_500_files_with_a_fault(part, tmp_path):
                 encoded, dropped = encode_rows(understood.rows, pocket(), 256)
                 assert len(encoded) + len(dropped) == len(kept)
             if seed % 10 == 0:
-                dataset_report(understood.rows, bank())
+                dataset_report(understood.rows, TopicBank([]))
         except SocraticError as error:
             assert str(error) and '\n' not in str(error), seed
             assert not whole or 'rows can be trained on' in str(error), (seed, str(error))
