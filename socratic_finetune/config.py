@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ANY_TIME', 'BEFORE_TRAINING', 'PROFILES', 'BYTE_ORDER_MARK', 'UNREADABLE', 'TRACKED_PACKAGES',
-           'SocraticError', 'data_path', 'DataSettings', 'ModelSettings', 'HardwareSettings', 'LoraSettings',
-           'TrainingSettings', 'GenerationSettings', 'ApiSettings', 'MonitoringSettings', 'EvaluationSettings',
-           'Settings', 'settings_in', 'settings_for', 'write_atomic', 'write_jsonl', 'decode_text', 'unreadable_reason',
-           'read_text', 'numbered_jsonl', 'read_jsonl', 'versions', 'runs_dir', 'run_folder', 'Run']
+           'SocraticError', 'data_path', 'resolve_base_model', 'DataSettings', 'ModelSettings', 'HardwareSettings',
+           'LoraSettings', 'TrainingSettings', 'GenerationSettings', 'ApiSettings', 'MonitoringSettings',
+           'EvaluationSettings', 'Settings', 'settings_in', 'settings_for', 'write_atomic', 'write_jsonl',
+           'decode_text', 'unreadable_reason', 'read_text', 'numbered_jsonl', 'read_jsonl', 'versions', 'runs_dir',
+           'run_folder', 'Run']
 
 # %% ../nbs/00_config.ipynb #b3470a26
 import json
@@ -21,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,6 +47,40 @@ def data_path(
         f"{'/'.join(parts)} is not among the project's data (looked beside and inside {package}): "
         'clone the repository again, or reinstall the package'
     )
+
+# %% ../nbs/00_config.ipynb #624ad727
+def _is_local(name: str) -> bool:
+    "Whether a name can only mean a folder: a Hub id is `name` or `owner/name`."
+    return Path(name).exists() or name.startswith(('.', '/', '~')) or name.count('/') > 1
+
+
+def resolve_base_model(
+    name: str,  # `pocket`, a folder with a `config.json`, or a Hub id such as `Qwen/Qwen3-0.6B`
+) -> str:  # what `from_pretrained` takes: a folder, or a Hub id that is cached or reachable
+    """Where a base model is loaded from.
+
+    Raises `SocraticError` if the name is neither a model folder nor a model on the Hub.
+    """
+    if name == 'pocket':
+        return str(data_path('pocket', 'base'))
+    if (Path(name) / 'config.json').is_file():
+        return str(Path(name))
+    if _is_local(name):
+        raise SocraticError(
+            f'{name} is not a model folder: '
+            'it should hold config.json, weights in safetensors and a tokenizer'
+        )
+    cached_config = huggingface_hub.try_to_load_from_cache(name, 'config.json')
+    if isinstance(cached_config, str):
+        return name
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=5)
+    except Exception as error:
+        raise SocraticError(
+            f'base model {name!r} is neither a folder nor reachable on the Hub '
+            f'({type(error).__name__}): check the name and the connection, or give a local folder'
+        ) from None
+    return name
 
 # %% ../nbs/00_config.ipynb #9a8f2aed
 class DataSettings(BaseModel):

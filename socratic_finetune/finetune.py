@@ -6,8 +6,8 @@
 __all__ = ['VALIDATION_SPLITS', 'MIN_ROWS_FOR_VALIDATION', 'VALIDATION_SHARE', 'N_REPORTED_ROWS', 'FIXED_ARGUMENTS',
            'LOG_COLUMNS', 'add_adapter', 'encode_rows', 'split_rows', 'describe_encoding', 'LengthGroups',
            'count_steps', 'split_batch', 'training_arguments', 'LoraTrainer', 'auto_batch_size', 'choose_batches',
-           'make_trainer', 'Progress', 'prompt_of', 'SampleReplies', 'make_callbacks', 'estimate', 'format_duration',
-           'describe_training', 'finetune', 'run_finetune', 'plot_loss']
+           'make_trainer', 'Progress', 'AdjustThreads', 'prompt_of', 'SampleReplies', 'make_callbacks', 'estimate',
+           'format_duration', 'describe_training', 'finetune', 'run_finetune', 'plot_loss']
 
 # %% ../nbs/06_finetune.ipynb #0bc6bb39
 import json
@@ -64,6 +64,7 @@ from socratic_finetune.prompting import (
     set_chat_format,
 )
 from socratic_finetune.speed import (
+    ThreadGovernor,
     accelerate_model,
     chunked_cross_entropy,
     pack_microbatches,
@@ -642,6 +643,19 @@ def _check_finite(logs, args, step):
                 'the checkpoints before this step are kept'
             )
 
+# %% ../nbs/06_finetune.ipynb #87b2ece9
+class AdjustThreads(TrainerCallback):
+    "Fits the number of threads to the load before each step."
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.governor = ThreadGovernor()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.governor.adjust()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        torch.set_num_threads(self.governor.most)
+
 # %% ../nbs/06_finetune.ipynb #f10e0012
 def prompt_of(
     row: dict,  # from `encode_rows`
@@ -709,8 +723,8 @@ def make_callbacks(
     settings: Settings,  # `sample_generations`, `early_stopping_patience`, `max_new_tokens`
     tokens_per_step: float,  # on average
 ) -> list[TrainerCallback]:
-    "The progress bar, and what else the settings ask for."
-    callbacks = [Progress(tokens_per_step)]
+    "The progress bar, the number of threads, and what else the settings ask for."
+    callbacks = [Progress(tokens_per_step), AdjustThreads()]
     if valid and settings.sample_generations:
         prompt = prompt_of(valid[0])
         n_samples = settings.sample_generations

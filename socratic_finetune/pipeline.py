@@ -36,6 +36,7 @@ from socratic_finetune.config import (
     SocraticError,
     data_path,
     read_jsonl,
+    resolve_base_model,
     runs_dir,
     settings_for,
     settings_in,
@@ -609,11 +610,13 @@ def train_command(
     overrides: Overrides = None,
 ):
     "The adapter: LoRA finetuning of a base model on a dataset."
-    from socratic_finetune.models import distributed_state, resolve_base_model
-
     changes = dict(base_model=base_model, max_length=max_length)
     changes |= dict(num_train_epochs=epochs, learning_rate=learning_rate)
     changes |= parse_settings(overrides)
+    resolve_base_model(changes['base_model'] or 'pocket')  # before the import, which takes seconds
+
+    from socratic_finetune.models import distributed_state
+
     state = distributed_state(changes.get('device', 'auto'))
     if output_dir:
         settings = settings_for(profile or profile_for(base_model), **changes)

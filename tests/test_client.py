@@ -504,7 +504,7 @@ def server(server_process):
     return server_process
 
 
-def new_client(server, folder, timeout=20.0, **options):
+def new_client(server, folder, timeout=120.0, **options):
     openai = OpenAI(base_url=server.address, api_key=KEY, timeout=timeout)
     return Client('m', openai, folder, **{'workers': 32, 'pause': 0.02, 'spent': None, **options})
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from socratic_finetune.config import (
@@ -17,6 +18,7 @@ from socratic_finetune.config import (
     data_path,
     numbered_jsonl,
     read_jsonl,
+    resolve_base_model,
     run_folder,
     settings_for,
     settings_in,
@@ -30,6 +32,36 @@ from socratic_finetune.config import (
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv('SOCRATIC_RUNS', str(tmp_path))
     return tmp_path
+
+
+# base models
+
+
+def test_a_base_model_is_pocket_or_a_folder(tmp_path):
+    assert resolve_base_model('pocket') == str(data_path('pocket', 'base'))
+    (tmp_path / 'config.json').write_text('{}')
+    assert resolve_base_model(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['./nowhere', '/nowhere/at/all', '~/models/none', 'a/b/c'])
+def test_a_path_is_never_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, 'HfApi', None)
+    with pytest.raises(SocraticError, match='is not a model folder'):
+        resolve_base_model(name)
+
+
+def test_the_hub_is_asked_for_five_seconds_at_most(monkeypatch):
+    asked = []
+
+    class Unreachable:
+        def model_info(self, name, timeout):
+            asked.append((name, timeout))
+            raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Unreachable)
+    with pytest.raises(SocraticError, match=r'neither a folder nor reachable .*ConnectionError'):
+        resolve_base_model('nobody/has-this-model-x9')
+    assert asked == [('nobody/has-this-model-x9', 5)]
 
 
 # settings

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import tiny_models
 import torch
@@ -384,6 +386,19 @@ def test_two_processes_take_the_steps_of_one(tiny, tmp_path, undisturbed):
     assert stages['finetune']['memory_gb'] > 0
 
 
+def fork_two(code, *args, folder):
+    "Run a piece of Python in two processes that know of each other as those of a launch do."
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=2)
+    forks = []
+    for rank in (0, 1):
+        env = processes.environment_without(RANK=rank, LOCAL_RANK=rank, **meeting)
+        forks.append(processes.Fork(code, *args, cwd=folder, env=env))
+    return [fork.wait() for fork in forks]
+
+
 STAGE_OF_TWO = """
 import sys
 from socratic_finetune.config import Run
@@ -403,11 +418,11 @@ def test_a_stage_of_two_processes_is_written_once(tiny, tmp_path, monkeypatch):
     data = tmp_path / 'rows.jsonl'
     lines = [json.dumps(row) for row in rows(20)]
     data.write_text('\n'.join([*lines, 'no row']) + '\n', encoding='utf8')
-    (tmp_path / 'stage.py').write_text(STAGE_OF_TWO)
-    finished = launch_two([str(tmp_path / 'stage.py'), str(data)], tmp_path)
-    for process in (0, 1):
-        assert f'process {process} 16 1' in finished.stdout
-    assert finished.stdout.count('in 2 processes') == 1
+    finished = fork_two(STAGE_OF_TWO, data, folder=tmp_path)
+    for number, process in enumerate(finished):
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert f'process {number} 16 1' in process.stdout
+    assert ''.join(process.stdout for process in finished).count('in 2 processes') == 1
     saved = json.loads((tmp_path / 'runs' / 'stage' / 'finetune.json').read_text())
     assert saved['n_rows'] == 16 and saved['quarantined'][0]['line'] == 21
     stages = json.loads((tmp_path / 'runs' / 'stage' / 'run.json').read_text())['stages']

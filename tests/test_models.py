@@ -1,4 +1,4 @@
-"Finding and loading a base model, and what a machine is asked about."
+"Loading a base model, and what a machine is asked about."
 
 import json
 import subprocess
@@ -11,38 +11,9 @@ import torch
 from tiny_models import settings
 
 from socratic_finetune import models
-from socratic_finetune.config import SocraticError, data_path, settings_for
+from socratic_finetune.config import SocraticError, settings_for
 
 pytestmark = pytest.mark.xdist_group('finetune')
-
-
-# --- finding ------------------------------------------------------------------------------------
-
-
-def test_a_base_model_is_pocket_or_a_folder(tiny):
-    assert models.resolve_base_model('pocket') == str(data_path('pocket', 'base'))
-    assert models.resolve_base_model(str(tiny)) == str(tiny)
-
-
-@pytest.mark.parametrize('name', ['./nowhere', '/nowhere/at/all', '~/models/none', 'a/b/c'])
-def test_a_path_is_never_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(models, 'HfApi', None)
-    with pytest.raises(SocraticError, match='is not a model folder'):
-        models.resolve_base_model(name)
-
-
-def test_the_hub_is_asked_for_five_seconds_at_most(monkeypatch):
-    asked = []
-
-    class Unreachable:
-        def model_info(self, name, timeout):
-            asked.append((name, timeout))
-            raise ConnectionError
-
-    monkeypatch.setattr(models, 'HfApi', Unreachable)
-    with pytest.raises(SocraticError, match=r'neither a folder nor reachable .*ConnectionError'):
-        models.resolve_base_model('nobody/has-this-model-x9')
-    assert asked == [('nobody/has-this-model-x9', 5)]
 
 
 # --- device and number format -------------------------------------------------------------------

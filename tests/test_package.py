@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.xdist_group('package')  # one wheel for all of them
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'socratic_finetune'
 MODULES = sorted(path.stem for path in PACKAGE.glob('*.py') if not path.stem.startswith('_'))
