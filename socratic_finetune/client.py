@@ -226,7 +226,7 @@ def get_price(
     Raises `SocraticError` for a table that cannot be read."""
     path = Path(table) if table else data_path('prices.yaml')
     try:
-        rows = yaml.safe_load(path.read_text(encoding='utf8'))['models']
+        rows = yaml.safe_load(path.read_bytes())['models']
         prices = {name: Price(**row) for name, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise SocraticError(

@@ -13,12 +13,13 @@ import json
 import random
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count, islice
 from pathlib import Path
 
 from datasketch import MinHash, MinHashLSH
 from fastcore.basics import patch
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from socratic_finetune.client import (
@@ -624,7 +625,24 @@ def _share(flags, n):
 
 def _counts(rows, key):
     "How often each value of a column occurs, most common first."
-    return dict(Counter(row.get(key) or '?' for row in rows).most_common())
+    return dict(Counter(str(row.get(key) or '?') for row in rows).most_common())
+
+
+def _was_changed(rows):
+    "For each row with a trail, whether critique changed the draft."
+    changed = []
+    for row in rows:
+        with suppress(ValidationError):  # no trail, or somebody else's column of that name
+            changed.append(Trail.model_validate(row.get('trail')).changed)
+    return changed
+
+
+def _gives_away(bank, row, reply):
+    "Whether a reply gives away what its topic's card asks for, or None where nobody can tell."
+    topic = row.get('topic')
+    if not isinstance(topic, str) or topic not in bank.by_name or row.get('move') == 'confirm':
+        return None
+    return bool(bank[topic].gives_away(reply))
 
 
 def _last_question(messages):
@@ -634,7 +652,7 @@ def _last_question(messages):
 def _n_exchanges(messages):
     return sum(message['role'] == 'user' for message in messages)
 
-
+# %% ../nbs/04_generate.ipynb #f11ea001
 def _reply_figures(replies):
     "Lengths, openings, diversity and faults of replies."
     n = len(replies)
@@ -669,24 +687,24 @@ def dataset_report(
         raise SocraticError(
             'the dataset has no rows: run the generate stage, or give another file'
         )
-    bank = bank or load_topics()
+    if bank is None:
+        knows_topics = any(isinstance(row.get('topic'), str) for row in rows)
+        bank = load_topics() if knows_topics else TopicBank([])
     conversations = [row_messages(row) for row in rows]
     replies = [messages[-1]['content'] for messages in conversations]
     questions = [_last_question(messages).strip().lower() for messages in conversations]
-    leaks = []
-    for row, reply in zip(rows, replies, strict=True):
-        if row.get('topic') in bank.by_name and row.get('move') != 'confirm':
-            leaks.append(bank[row['topic']].gives_away(reply))
+    leaks = [_gives_away(bank, row, reply) for row, reply in zip(rows, replies, strict=True)]
+    n_judged = sum(leak is not None for leak in leaks)
     discouraging = [DISCOURAGING.search(reply) for reply in replies]
-    changed = [Trail(**row['trail']).changed for row in rows if row.get('trail')]
+    changed = _was_changed(rows)
     several = [_n_exchanges(messages) > 1 for messages in conversations]
     return dict(
         rows=len(rows),
         different_user_turns=len(set(questions)),
-        topics=len({row.get('topic') for row in rows} - {None}),
+        topics=len({str(row['topic']) for row in rows if row.get('topic') is not None}),
         conversations=_share(several, len(rows)),
         **_reply_figures(replies),
-        leaks=_share(leaks, len(leaks)),
+        leaks=_share(leaks, n_judged),
         discouraging=_share(discouraging, len(rows)),
         changed_by_critique=_share(changed, len(changed)),
         splits=_counts(rows, 'split'),

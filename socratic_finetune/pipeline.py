@@ -562,12 +562,13 @@ def generate_command(
 
 # %% ../nbs/14_pipeline.ipynb #41247892
 def warn_bad_rows(
-    quarantined: list[dict],  # with `file`, `line` and `reason`
+    quarantined: list[dict],  # with `file`, `line` (or `row`) and `reason`
     show: int = 5,  # of which so many are named
 ) -> None:
     "Say on stderr which lines of a data file were set aside, and why."
-    for row in quarantined[:show]:
-        print(f'set aside: {row["file"]} line {row["line"]}: {row["reason"]}', file=sys.stderr)
+    for entry in quarantined[:show]:
+        place = f'line {entry["line"]}' if 'line' in entry else f'row {entry["row"]}'
+        print(f'set aside: {entry["file"]} {place}: {entry["reason"]}', file=sys.stderr)
     if len(quarantined) > show:
         print(f'set aside: {len(quarantined) - show} more', file=sys.stderr)
 
@@ -588,7 +589,7 @@ def _print_training(result, data_path, folder):
     "The outcome of a training; rows that were too long are named on stderr."
     file = data_path or 'sft.jsonl'
     dropped = result['dropped']
-    warn_bad_rows([dict(file=file, line=d['row'], reason=d['reason']) for d in dropped])
+    warn_bad_rows([dict(d, file=file) for d in dropped])
     aside = f', {len(result["quarantined"])} set aside' if result['quarantined'] else ''
     print(
         f'trained on {result["n_rows"] - len(dropped)} rows{aside}, {result["steps"]} steps, '
@@ -610,7 +611,7 @@ def _train_run(r, data_path, is_main):
 def train_command(
     data_path: Annotated[
         Path | None,
-        flag('data_path', "JSONL with user and assistant; default: the run's sft.jsonl"),
+        flag('data_path', "JSONL, JSON, CSV, TSV or Parquet; default: the run's sft.jsonl"),
     ] = None,
     output_dir: Annotated[
         Path | None, flag('output_dir', 'folder for the adapter; default: the run folder')
@@ -853,33 +854,49 @@ def judge_command(
     )
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11dd
+def _printable(text):
+    "A text of a data file without what a terminal would obey, such as escape sequences."
+    return ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in text)
+
+
+def _print_headings(pairs):
+    "Lines of a heading and what is said under it."
+    for heading, value in pairs:
+        if isinstance(value, dict):
+            value = ', '.join(f'{name} {count}' for name, count in value.items())
+        print(_printable(f'{heading.replace("_", " "):26} {value}'))
+
+# %% ../nbs/14_pipeline.ipynb #f11ea006
 @app.command('report')
 def report_command(
     data_path: Annotated[
         str | None,
         typer.Argument(
-            help='a dataset (JSONL, JSON, Parquet, Hub name); default: report on the run'
+            help='a dataset (JSONL, JSON, CSV, TSV, Parquet, Hub name); default: report on the run'
         ),
     ] = None,
     run: RunName = 'demo',
+    base_model: BaseModelName = None,
+    line: Annotated[int | None, flag('line', 'show the row of this line as tokens')] = None,
+    overrides: Overrides = None,
 ):
-    "What a dataset holds, in numbers; or scores, times and paths of a run."
+    "How a dataset is understood, and what it holds; or scores, times and paths of a run."
     if data_path is None:
         print(summary(Run.open(run)))
         return
 
+    from socratic_finetune.finetune import describe_encoding
     from socratic_finetune.generate import dataset_report
-    from socratic_finetune.rows import read_rows
+    from socratic_finetune.rows import open_rows
 
-    rows, quarantined = read_rows(data_path)
-    warn_bad_rows(quarantined)
-    report = dataset_report(rows) | dict(set_aside=len(quarantined))
-    for key, value in report.items():
-        if isinstance(value, dict):
-            value = ', '.join(f'{name} {count}' for name, count in value.items())
-        print(f'{key.replace("_", " "):26} {value}')
+    changes = parse_settings(overrides)
+    settings = settings_for(profile_for(base_model), base_model=base_model, **changes)
+    rows_file = open_rows(data_path)
+    _print_headings(rows_file.describe())
+    _print_headings(dataset_report(rows_file.rows).items())
+    _print_headings(describe_encoding(rows_file, settings, line))
 
-
+# %% ../nbs/14_pipeline.ipynb #f11e4001
 @app.command('pocket', context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def pocket_command(context: typer.Context):
     "Rebuild the pocket base model in data/pocket/ from the topic cards (about an hour)."

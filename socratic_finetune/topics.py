@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from .config import SocraticError, data_path
+from .config import SocraticError, data_path, read_text
 
 # %% ../nbs/02_topics.ipynb #e1c3196c
 def words(
@@ -339,8 +339,8 @@ YAML_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)  # the one in C is n
 def _load_file(path):
     "The topics of a subject's file, and the faults found in it, as sentences."
     try:
-        content = yaml.load(path.read_text(encoding='utf8'), YAML_LOADER)
-    except yaml.YAMLError as error:
+        content = yaml.load(read_text(path), YAML_LOADER)
+    except (yaml.YAMLError, SocraticError) as error:
         return [], [f'{path.name}: {error}']
     cards = content.get('cards') if isinstance(content, dict) else None
     if not isinstance(cards, list) or 'subject' not in content:

@@ -142,22 +142,25 @@ def test_end_of_turn_is_trained_where_padding_is_the_same_token(tiny, chat_forma
 
 
 @chat_formats
-def test_no_row_is_cut_to_a_question(tiny, chat_format):
+def test_rows_are_cut_behind_a_whole_reply(tiny, chat_format):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     set_chat_format(tokenizer, chat_format)
     messages = rows(1)[0]['messages'] * 2
-    whole = len(encode(tokenizer, messages)['input_ids'])
+    whole = encode(tokenizer, messages)
+    first_end = whole['labels'].index(2) + 1  # behind the first end-of-sequence token
     accepted = []
-    for limit in range(1, whole + 1):
+    for limit in range(1, len(whole['input_ids']) + 1):
         try:
             row = encode(tokenizer, messages, limit)
         except SocraticError as error:
             assert f'within {limit} tokens' in str(error)
             continue
         accepted.append(limit)
-        assert len(row['input_ids']) == limit and any(label != -100 for label in row['labels'])
-    shortest = len(prompt_ids(tokenizer, messages[:1])) + 1
-    assert accepted == list(range(shortest, whole + 1))
+        length = len(row['input_ids'])
+        assert length == (first_end if limit < len(whole['input_ids']) - 1 else length)
+        assert row['labels'] == whole['labels'][:length]
+        assert row['labels'].count(2) == (2 if length > first_end else 1)
+    assert accepted == list(range(first_end, len(whole['input_ids']) + 1))
 
 
 def test_rows_without_a_reply_are_counted_and_named(tiny, tmp_path):
