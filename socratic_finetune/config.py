@@ -205,6 +205,19 @@ class EvaluationSettings(BaseModel):
     questions: str = Field(
         'heldout', description='`heldout`, `seed20`, or a JSONL file with `question` in each row'
     )
+    student: Literal['scripted', 'openai'] = Field(
+        'scripted', description='who words the messages of the simulated student'
+    )
+    dialogue_topics: Literal['heldout', 'validation'] = Field(
+        'heldout', description='topics of the dialogues'
+    )
+    max_dialogue_topics: int | None = Field(
+        None, ge=1, description='so many of these topics at most; None: all'
+    )
+    dialogues_per_topic: int = Field(1, ge=1, description='dialogues a topic in each track')
+    dialogue_rounds: int = Field(
+        8, ge=2, le=10, description='exchanges after which a dialogue ends in any case'
+    )
 
 # %% ../nbs/00_config.ipynb #00c0f010
 GROUPS = {

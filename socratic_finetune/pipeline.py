@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'SENTENCES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 
            'ProgressLines', 'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'parse_settings',
            'profile_for', 'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings',
            'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
-           'infer_command', 'evaluate_command', 'chat_command', 'format_agreement', 'judge_command', 'report_command',
-           'pocket_command', 'main']
+           'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'format_agreement', 'judge_command',
+           'report_command', 'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -49,6 +49,7 @@ STAGES = {
     'finetune': '06_finetune',
     'chat': '08_chat',
     'evaluate': '10_evaluate',
+    'dialogue': '11_dialogue',
 }
 
 
@@ -296,6 +297,18 @@ def _score_lines(path):
         lines.append(f'not judged: {missing} (missing scores count nowhere)')
     return [*lines, '']
 
+# %% ../nbs/14_pipeline.ipynb #26e94db7
+def _dialogue_lines(figures):
+    "The table of the dialogue stage, from what `run.json` holds of it."
+    arms = {arm: figures[arm] for arm in ('base', 'prompted', 'tuned') if arm in figures}
+    rows = list(dict.fromkeys(row for measured in arms.values() for row in measured))
+    lines = [f'{"":35}' + ''.join(f'{arm:>10}' for arm in arms)]
+    for row in rows:
+        values = [measured.get(row) for measured in arms.values()]
+        cells = [f'{"–":>10}' if value is None else f'{value:10.2f}' for value in values]
+        lines.append(f'{row:35}' + ''.join(cells))
+    return [*lines, '']
+
 # %% ../nbs/14_pipeline.ipynb #5b3a11c8
 def _stage_time(name, entry):
     seconds = entry.get('notebook_seconds', entry.get('seconds', 0))
@@ -307,6 +320,7 @@ RUN_FILES = {
     'run folder': '',
     'adapter': 'adapter',
     'plot': 'eval_plot.png',
+    'dialogues': 'dialogue_plot.png',
     'report': 'report.html',
     'notebooks': 'notebooks',
 }
@@ -315,9 +329,11 @@ RUN_FILES = {
 def summary(
     run: Run,  # its `eval_scores.csv` and `run.json` are read
 ) -> str:  # several lines
-    "A run in a few lines: scores of each arm, time of each stage, and where things are."
+    "A run in a few lines: figures of each arm, time of each stage, and where things are."
     scores = run.path('eval_scores.csv')
     lines = _score_lines(scores) if scores.is_file() else []
+    if run.done('dialogue'):
+        lines += _dialogue_lines(run.metadata['stages']['dialogue'])
     times = [_stage_time(name, entry) for name, entry in run.metadata['stages'].items()]
     lines.append('time        ' + (', '.join(times) or 'nothing has been done yet'))
     for label, name in RUN_FILES.items():
@@ -514,7 +530,7 @@ def run_command(
     judge: JudgeName = None,
     overrides: Overrides = None,
 ):
-    "All stages: generate, finetune, chat, evaluate. Resumes at the first that is not done."
+    "All stages, from generate to dialogue. Resumes at the first that is not done."
     changes = dict(n_rows=n_rows, base_model=base_model, teacher=teacher, judge=judge)
     changes = resolve_paths({**changes, **parse_settings(overrides)})
     r = begin_run(run, profile, **changes)
@@ -736,6 +752,36 @@ def evaluate_command(
         r = begin_run(str(output_dir.resolve()) if output_dir else run, profile, **changes)
     with lock_run(r):
         run_evaluate(r, adapter=tuned_dir)
+    print(summary(r))
+
+# %% ../nbs/14_pipeline.ipynb #725f8f55
+@app.command('dialogue')
+def dialogue_command(
+    base_model: BaseModelName = None,
+    tuned_dir: Annotated[
+        Path | None, flag('tuned_dir', "folder of the adapter; default: the run's")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, flag('output_dir', 'folder for dialogues and plot; default: the run folder')
+    ] = None,
+    run: RunName = 'demo',
+    profile: ProfileName = None,
+    topics: Annotated[str | None, flag('topics', 'heldout or validation')] = None,
+    student: Annotated[str | None, flag('student', 'scripted or openai')] = None,
+    overrides: Overrides = None,
+):
+    "A simulated student talks with each arm: conversations, what they show, a plot."
+    from socratic_finetune.dialogue import run_dialogue
+
+    changes = dict(base_model=base_model, dialogue_topics=topics, student=student)
+    changes |= parse_settings(overrides)
+    if tuned_dir:
+        folder = output_dir or tuned_dir.parent / 'dialogues'
+        r = Run.open(str(folder.resolve()), adapter_settings(tuned_dir, **changes))
+    else:
+        r = begin_run(str(output_dir.resolve()) if output_dir else run, profile, **changes)
+    with lock_run(r):
+        run_dialogue(r, adapter=tuned_dir)
     print(summary(r))
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11d7

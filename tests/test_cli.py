@@ -393,7 +393,7 @@ def test_misspelt_settings(socratic):
 def test_failed_notebook_says_its_message_and_no_stack_trace(socratic, tmp_path):
     done = socratic('run', '--run', 'mine', '--teacher', 'openai')
     says(done, 'OPENAI_API_KEY is not set')
-    assert '[1/4] generate' in done.stdout
+    assert '[1/5] generate' in done.stdout
     assert (
         json.loads((tmp_path / 'runs' / 'mine' / 'run.json').read_text())['stages']['generate'][
             'status'
@@ -493,6 +493,7 @@ def test_the_command_itself_is_light(socratic_itself):
         'infer': ['model_dir'],
         'chat': ['model_dir'],
         'evaluate': ['base_model', 'tuned_dir', 'output_dir'],
+        'dialogue': ['base_model', 'tuned_dir', 'output_dir'],
         'run': ['profile', 'run'],
     }.items(),
     ids=lambda x: x if isinstance(x, str) else '',

@@ -11,7 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PAGES = sorted((ROOT / 'nbs').glob('*.ipynb'))
-STAGES = [p for p in PAGES if p.stem in ('04_generate', '06_finetune', '08_chat', '10_evaluate')]
+STAGES = [
+    p
+    for p in PAGES
+    if p.stem in ('04_generate', '06_finetune', '08_chat', '10_evaluate', '11_dialogue')
+]
 WITHOUT_EXERCISES = ('index', '20_another_subject', '21_another_style', '22_another_base_model')
 WITH_EXERCISES = [path for path in PAGES if path.stem not in WITHOUT_EXERCISES]
 BOX = ('You will learn', 'Time', 'Cost', 'Reads', 'Writes')
