@@ -784,7 +784,9 @@ def _print_agreement():
 def judge_command(
     file: Annotated[
         Path | None,
-        typer.Argument(help='JSONL with question and reply, and if known context and reference'),
+        typer.Argument(
+            help='JSONL with question and reply, and if known context and reference; or messages'
+        ),
     ] = None,
     data_path: Annotated[Path | None, flag('data_path', 'the same file, as a flag')] = None,
     output_path: Annotated[Path, flag('output_path', 'the CSV file to write', '--out')] = Path(
@@ -815,6 +817,11 @@ def judge_command(
     print(
         f'{counts["judged"]} of {counts["rows"]} replies judged: {short_path(output_path)}{note}'
     )
+    if not counts['judged']:
+        raise SocraticError(
+            f'nothing in {short_path(source)} could be judged: see the column error of '
+            f'{short_path(output_path)}'
+        )
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11dd
 @app.command('report')
