@@ -814,14 +814,10 @@ def judge_command(
     with tqdm(desc='judge', unit=' replies') as bar:
         counts = judge_file(source, output_path, chosen, lambda _: bar.update())
     note = f'; {counts["failed"]} failed, see its column error' if counts['failed'] else ''
-    print(
-        f'{counts["judged"]} of {counts["rows"]} replies judged: {short_path(output_path)}{note}'
-    )
+    table = short_path(output_path)
+    print(f'{counts["judged"]} of {counts["rows"]} replies judged: {table}{note}')
     if not counts['judged']:
-        raise SocraticError(
-            f'nothing in {short_path(source)} could be judged: see the column error of '
-            f'{short_path(output_path)}'
-        )
+        raise SocraticError(f'nothing could be judged: see the column error of {table}')
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11dd
 @app.command('report')

@@ -179,7 +179,8 @@ CHECK_IN = re.compile(
     r'do you (understand|see|get it|follow|agree)|got it|any (other |more )?questions|'
     r'(what|how) (do|does) (you|that|this) (think|sound|feel|look)|(are you )?ready|'
     r'shall (we|i)|would you like|do you want|can i help|okay|ok|alright|right|you know)\W*$|'
-    r'^\W*(would you like|do you want|shall (we|i)|does (that|this) (make|help|clear))',
+    r'^\W*(would you like|do you (want|like|enjoy)|how do you feel|what is your favou?rite|'
+    r'shall (we|i)|does (that|this) (make|help|clear))',
     re.I,
 )
 LEADING_QUESTION = re.compile(
@@ -258,8 +259,8 @@ def question_quality(
 # %% ../nbs/79_signals.ipynb #d9e8facc
 TASK = re.compile(
     r'^\W*((now|then|first|next|so|and|please|ok|okay|well|just|try to|let us|let\'s)\b\W*)*'
-    r'(picture|imagine|draw|sketch|describe|explain|tell me|show me|give me|write down|notice|watch|'
-    r'compare|predict|guess|decide|list|name|count|read|say|take|hold|push|pull|lay|cut|fold|mark|'
+    r'(picture|imagine|draw|sketch|describe|explain|tell me|show me|give me|write down|notice|'
+    r'watch|compare|predict|guess|decide|list|name|count|read|say|take|hold|push|pull|lay|cut|fold|mark|'
     r'circle|underline|cover|cross out|pick|choose|measure|estimate|sort)\b',
     re.I,
 )
@@ -322,8 +323,8 @@ class TopicMatcher:
         self,
         bank: TopicBank,  # its cards are the documents
     ):
+        self.topics = list(bank)
         cards = [topic_stems(topic) for topic in bank]
-        self.index_names(bank)
         document_frequency = Counter(stem for card in cards for stem in card)
         self.row = {topic.topic: i for i, topic in enumerate(bank)}
         self.column = {stem: j for j, stem in enumerate(document_frequency)}
@@ -366,25 +367,27 @@ def relevance(
     found = stems(text)
     if not found:
         return 0.3
+    total = self.total_idf(found)
     own = self.total_idf(found & (topic_stems(topic) | extra_stems))
     enough = linear_ramp(own, 2, 6)
-    share = linear_ramp(own / self.total_idf(found), 0.1, 0.35)
-    ahead_of_rivals = linear_ramp(own - self.best_rival(found, topic), -4, -1)
+    share = linear_ramp(own / total, 0.1, 0.35)
+    lead = own - self.best_rival(found, topic)
+    ahead_of_rivals = max(linear_ramp(lead, -4, -1), linear_ramp(lead / total, -0.3, -0.1))
     return enough * share * ahead_of_rivals
 
 # %% ../nbs/79_signals.ipynb #a8e6108c
 @patch
-def index_names(self: TopicMatcher, bank: TopicBank):
+def index_names(self: TopicMatcher):
     "Names and words of all cards, for `find`."
-    self.topics = list(bank)
-    self.card_words = [name_stems(topic_text(topic)) for topic in bank]
+    self.card_words = [name_stems(topic_text(topic)) for topic in self.topics]
     document_frequency = Counter(stem for card in self.card_words for stem in card)
+    n_cards = len(self.topics)
     self.name_idf = {
-        s: math.log((1 + len(bank)) / (1 + n)) + 1 for s, n in document_frequency.items()
+        stem: math.log((1 + n_cards) / (1 + n)) + 1 for stem, n in document_frequency.items()
     }
     self.names = []
     self.named_by = {}  # by stem, the topics whose names have it
-    for i, topic in enumerate(bank):
+    for i, topic in enumerate(self.topics):
         names = [name_stems(name) for name in (topic.topic, *topic.aliases)]
         self.names.append([name for name in names if name])
         for stem in frozenset().union(*names):
@@ -402,6 +405,8 @@ def find(
     def weight(found):
         return sum(self.name_idf.get(stem, self.unknown_idf) for stem in found)
 
+    if not hasattr(self, 'names'):
+        self.index_names()
     found = name_stems(text)
     best = (at_least, None)
     for i in {i for stem in found for i in self.named_by.get(stem, ())}:
@@ -630,10 +635,11 @@ def repeated_questions(
 # %% ../nbs/79_signals.ipynb #38ee9963
 CONFIRMS = re.compile(
     r'^\W*(yes|yep|exactly|precisely|correct|right|absolutely|indeed|perfect|spot on)\b|'
-    r"\b(that is|that's|this is|you are|you're|it is|it's|is|are) (quite |all |exactly |absolutely |"
-    r'entirely |also |indeed )?(right|correct|perfect|spot on|it)\W*($|[,.!:;]|and|because|\d)|'
-    r"\b(well done|spot on|right you are|you('ve| have)? (got|found|figured|solved|nailed) (it|this)"
-    r'( right)?|you have it|(found|got|have) the (right|correct) answer)\b',
+    r"\b(that is|that's|this is|you are|you're|it is|it's|is|are) (quite |all |exactly |"
+    r'absolutely |entirely |also |indeed )?(right|correct|perfect|spot on|it)'
+    r'\W*($|[,.!:;]|and|because|\d)|'
+    r"\b(well done|spot on|right you are|you('ve| have)? (got|found|figured|solved|nailed) "
+    r'(it|this)( right)?|you have it|(found|got|have) the (right|correct) answer)\b',
     re.I,
 )
 NOT_CONFIRMING = re.compile(

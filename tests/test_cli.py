@@ -471,6 +471,13 @@ def test_judge_scores_a_file(socratic, tmp_path):
     assert broken['socratic'] == '' and 'line 2' in broken['error']
 
 
+def test_judge_of_nothing_that_can_be_judged_is_not_done(socratic, tmp_path):
+    nothing = data_file(tmp_path, 'no json', json.dumps(dict(question='Why?')))
+    done = socratic('judge', nothing, '--out', tmp_path / 'scores.csv')
+    says(done, 'nothing could be judged: see the column error of')
+    assert (tmp_path / 'scores.csv').is_file()
+
+
 @pytest.mark.parametrize(
     'command, flags',
     {
