@@ -395,12 +395,13 @@ MISTAKE_QUOTED = re.compile(
 
 # %% ../nbs/09_judge.ipynb #04dbef87
 GENERIC_WORDS = """
-amazing answer answers appreciate asking awesome attempt bit brilliant clear comes concept
-correct curious effort excellent excited fascinating fantastic feel feels feeling fine fun glad
+amazing answer answers appreciate asking attempt awesome bit brilliant clear comes concept
+correct curious effort excellent excited fantastic fascinating feel feeling feels fine fun glad
 go happy hard harder head hello help here hey hope important interest interesting job joy keep
 kind learn learning like likes love luck matter memorise memorize minute moment nice not
-perfect please pleased practice practise problem proud questions ready really reply sense sorry student study super
-sure talk teacher today topic tutor understand welcome well wonder wonderful work works wow
+perfect please pleased practice practise problem proud questions ready really reply sense sorry
+student study super sure talk teacher today topic tutor understand welcome well wonder
+wonderful work works wow
 """
 GENERIC_STEMS = stems(GENERIC_WORDS)
 
@@ -584,7 +585,7 @@ def resolve(
         return self.bank.by_name.get(reference.strip(), reference)
     return reference or self.find_topic(question, context)
 
-
+# %% ../nbs/09_judge.ipynb #64b8f843
 @patch
 def case(
     self: BuiltinJudge,
