@@ -260,8 +260,8 @@ def question_quality(
 TASK = re.compile(
     r'^\W*((now|then|first|next|so|and|please|ok|okay|well|just|try to|let us|let\'s)\b\W*)*'
     r'(picture|imagine|draw|sketch|describe|explain|tell me|show me|give me|write down|notice|'
-    r'watch|compare|predict|guess|decide|list|name|count|read|say|take|hold|push|pull|lay|cut|fold|mark|'
-    r'circle|underline|cover|cross out|pick|choose|measure|estimate|sort)\b',
+    r'watch|compare|predict|guess|decide|list|name|count|read|say|take|hold|push|pull|lay|cut|fold|'
+    r'mark|circle|underline|cover|cross out|pick|choose|measure|estimate|sort)\b',
     re.I,
 )
 
