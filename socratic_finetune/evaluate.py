@@ -395,6 +395,8 @@ def score(
         line = {key: row[key] for key in ('model', 'topic', 'question', 'reply')}
         line |= dict(socratic=judgement.socratic, helpful=judgement.helpful)
         line |= {name: judgement.criteria.get(name) for name in CRITERIA}
+        line |= dict(faults='; '.join(judgement.faults), card=judgement.card)
+        line |= dict(basis=judgement.basis, confidence=judgement.confidence)
         line |= dict(kind=row.get('kind'), seen=row.get('seen'), error=judgement.error)
         lines.append(line)
     return pd.DataFrame(lines).astype({metric: float for metric in METRICS})

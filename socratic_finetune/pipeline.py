@@ -865,7 +865,9 @@ def _print_agreement():
 def judge_command(
     file: Annotated[
         Path | None,
-        typer.Argument(help='JSONL with question and reply, and if known context and reference'),
+        typer.Argument(
+            help='JSONL with question and reply, and if known context and reference; or messages'
+        ),
     ] = None,
     data_path: Annotated[Path | None, flag('data_path', 'the same file, as a flag')] = None,
     output_path: Annotated[Path, flag('output_path', 'the CSV file to write', '--out')] = Path(
@@ -895,9 +897,10 @@ def judge_command(
     if not counts['judged']:
         raise _none_judged(output_path)
     note = f'; {counts["failed"]} failed, see its column error' if counts['failed'] else ''
-    print(
-        f'{counts["judged"]} of {counts["rows"]} replies judged: {short_path(output_path)}{note}'
-    )
+    table = short_path(output_path)
+    print(f'{counts["judged"]} of {counts["rows"]} replies judged: {table}{note}')
+    if not counts['judged']:
+        raise SocraticError(f'nothing could be judged: see the column error of {table}')
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11dd
 def _printable(text):

@@ -485,6 +485,13 @@ def test_the_command_itself_is_light(socratic_itself):
     assert not imported & {'torch', 'transformers', 'datasets', 'openai', 'pandas'}
 
 
+def test_judge_of_nothing_that_can_be_judged_is_not_done(socratic, tmp_path):
+    nothing = data_file(tmp_path, 'no json', json.dumps(dict(question='Why?')))
+    done = socratic('judge', nothing, '--out', tmp_path / 'scores.csv')
+    says(done, 'nothing could be judged: see the column error of')
+    assert (tmp_path / 'scores.csv').is_file()
+
+
 @pytest.mark.parametrize(
     'command, flags',
     {
