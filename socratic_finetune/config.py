@@ -292,6 +292,9 @@ PROFILES = {
         n_rows=1000,
         learning_rate=1e-3,
         num_train_epochs=1,
+        lora_dropout=0.0,
+        max_new_tokens=96,
+        max_dialogue_topics=3,
     ),
     'tinyllama': dict(
         base_model='TinyLlama/TinyLlama-1.1B-Chat-v1.0',
@@ -299,6 +302,7 @@ PROFILES = {
         teacher='openai',
         judge='openai',
         n_rows=1500,
+        max_dialogue_topics=10,
     ),
 }
 

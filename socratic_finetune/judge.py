@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'FAULTS', 'SOCRATIC_WEIGHTS', 'HELPFUL_WEIGHTS', 'CLAIM_TAG', 'MISTAKE_QUOTED', 'GENERIC_WORDS',
            'GENERIC_STEMS', 'MIN_ENGLISH', 'CONFIDENCE', 'ROLES', 'JUDGED_COLUMNS', 'mean_of_known', 'composite_scores',
-           'Judgement', 'Judge', 'Said', 'Case', 'make_case', 'relevance_to_topic', 'relevance_to_conversation',
-           'student_claim', 'short_stems', 'share_of', 'claimed_number', 'holds_answer', 'student_is_right',
-           'is_known_mistake', 'student_is_mistaken', 'agrees_with_mistake', 'states_mistake', 'specific_stems',
-           'is_echo', 'is_unspecific', 'is_unreadable', 'asks_again', 'find_faults', 'leakage_with_topic',
-           'leakage_with_ratings', 'scaffolding_with_topic', 'known_criteria', 'criteria_of_right_student',
-           'BuiltinJudge', 'read_turns', 'check_row', 'judge_row', 'DialogueJudgement', 'tutor_replies',
-           'first_speakers', 'find_verdict', 'summarize_dialogue', 'judge_dialogue', 'score_caps', 'Rubric',
-           'system_prompt', 'OpenAIJudge', 'make_judge', 'weighted_kappa', 'agreement', 'judged_row', 'write_table',
-           'dialogue_rows', 'judge_file']
+           'Judgement', 'Judge', 'Said', 'Case', 'make_case', 'relevance_to_topic', 'is_unclaimed',
+           'relevance_to_conversation', 'student_claim', 'short_stems', 'share_of', 'claimed_number', 'holds_answer',
+           'student_is_right', 'is_known_mistake', 'student_is_mistaken', 'agrees_with_mistake', 'states_mistake',
+           'specific_stems', 'is_echo', 'is_unspecific', 'is_unreadable', 'asks_again', 'find_faults',
+           'leakage_with_topic', 'leakage_with_ratings', 'scaffolding_with_topic', 'known_criteria',
+           'criteria_of_right_student', 'BuiltinJudge', 'read_turns', 'check_row', 'judge_row', 'DialogueJudgement',
+           'tutor_replies', 'first_speakers', 'find_verdict', 'summarize_dialogue', 'judge_dialogue', 'score_caps',
+           'Rubric', 'system_prompt', 'OpenAIJudge', 'make_judge', 'weighted_kappa', 'agreement', 'judged_row',
+           'write_table', 'dialogue_rows', 'judge_file']
 
 # %% ../nbs/09_judge.ipynb #4e8b9c39
 import csv
@@ -276,7 +276,15 @@ def relevance_to_topic(
         end = case.reply.find(question) + len(question)
         last_two = ' '.join(sentences(case.reply[:end])[-2:])
         relevance = max(relevance, matcher.relevance(last_two, case.topic, student_stems))
-    return relevance
+    return max(relevance, 0.5 * is_unclaimed(case, matcher))
+
+
+def is_unclaimed(case: Case, matcher: TopicMatcher) -> bool:
+    "Whether a reply sets a task in words that no card has, as an analogy from daily life does."
+    found = stems(case.reply)
+    if not task_quality(case.reply) or len(found) < 5:
+        return False
+    return matcher.best_rival(found, case.topic) < 0.5 * matcher.total_idf(found)
 
 
 def relevance_to_conversation(
@@ -411,7 +419,7 @@ def specific_stems(case: Case) -> frozenset[str]:
     new = stems(case.reply) - GENERIC_STEMS
     if not case.context:
         new -= stems(case.question)
-    if case.topic:
+    if case.topic and not task_quality(case.reply):
         new &= topic_stems(case.topic) | stems(' '.join(case.tutor_turns))
     return new
 
@@ -441,6 +449,8 @@ def is_unreadable(reply: str) -> bool:
 def asks_again(case: Case) -> bool:
     "Whether a reply asks what the tutor has asked before, and nothing new."
     repeated = repeated_questions(case.reply, case.tutor_turns)
+    if any(words(case.reply) == words(turn) for turn in case.tutor_turns):
+        return True
     new = [q for q in questions_in(case.reply) if q not in repeated]
     return bool(repeated) and not any(question_quality(q, case.question) > 0.25 for q in new)
 
@@ -836,6 +846,7 @@ def judge_dialogue(
     judge: Judge,
     messages: list[dict],  # the whole conversation, each `{role, content}`
     reference: Topic | str | None = None,  # card, its name, or known answer
+    progress=None,  # called with the judgement of each reply
 ) -> DialogueJudgement:
     """Judge a conversation; what goes wrong becomes the judgement's `error`.
 
@@ -851,7 +862,7 @@ def judge_dialogue(
     if isinstance(judge, BuiltinJudge):
         reference = judge.resolve(rows[-1]['question'], rows[-1]['context'], reference)
     rows = [row | dict(reference=reference) for row in rows]
-    judgements = judge.judge_many(rows)
+    judgements = judge.judge_many(rows, progress)
     known = [j for j in judgements if j.error is None]
     if not known:
         return DialogueJudgement(error=judgements[0].error)
@@ -1047,9 +1058,10 @@ def write_table(path: str | Path, table: list[dict]):
     write_atomic(path, text.getvalue())
 
 # %% ../nbs/09_judge.ipynb #6b37124a
-def dialogue_rows(line: int, row: dict, judge: Judge) -> list[dict]:
+def dialogue_rows(line: int, row: dict, judge: Judge, progress=None) -> list[dict]:
     "Rows of the table for a conversation: one for each of the tutor's replies, and the verdict."
-    dialogue = judge_dialogue(judge, row.get('messages'), row.get('reference') or None)
+    reference = row.get('reference') or None
+    dialogue = judge_dialogue(judge, row.get('messages'), reference, progress)
     table = []
     for number, (replied, judgement) in enumerate(dialogue.replies, 1):
         table.append(judged_row(line, replied, judge.name, judgement, number))
@@ -1085,7 +1097,7 @@ def judge_file(
     ]
     for line, row in rows:
         if 'messages' in row:
-            table += dialogue_rows(line, row, judge)
+            table += dialogue_rows(line, row, judge, progress)
     for fault in unreadable:
         error = f'line {fault["line"]}: {fault["reason"]}'
         table.append(judged_row(fault['line'], {}, judge.name, Judgement(error=error)))

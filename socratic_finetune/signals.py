@@ -487,6 +487,7 @@ INSULT = re.compile(
     r"(you are|you're|you were) (just |so |too |really |such )?(an? )?(slow|thick|dense|dumb|lazy|"
     r'hopeless|useless|pathetic|clueless|fool|foolish|disgrace|embarrassment|waste)|'
     r'how (dumb|slow|thick|dense) (can|could|are|must|do)|'
+    r'(are|were) you (really |that |so |just )*(slow|thick|dense|dumb|lazy|blind|deaf)|'
     r'(a|any|my) (child|kid|toddler|baby|dog)( (of|in|at) \w+)? (could|would|can) '
     r'(do|answer|solve|know|see|tell|understand|get)|'
     r'(question|answer|work|essay|attempt) is (so |just )?'
