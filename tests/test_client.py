@@ -293,6 +293,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
         if self.path == '/set':
             return self.change(body)
         key = request_key(body)
+        answered = self.answered  # a later test has another counter
         fault = self.draw_fault(key)
         if fault == 'key':
             message = f'Incorrect API key provided: {self.headers["Authorization"][7:]}'
@@ -310,7 +311,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
         while len(self.answered) >= self.limit:
             time.sleep(0.02)
         time.sleep(self.delay)
-        return self.answer(body, key)
+        return self.answer(body, key, answered)
 
     def change(self, settings):
         for name, value in settings.items():
@@ -328,7 +329,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
             self.faults[fault] += 1
         return fault
 
-    def answer(self, request, key):
+    def answer(self, request, key, answered):
         lesson = request['messages'][1]['content'].split('</lesson>')[0]
         text = json.dumps(self.answer_object(request))
         if number('broken', key) % 1000 < 1000 * self.broken:
@@ -344,7 +345,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
             prompt_tokens=n_in, completion_tokens=n_out, total_tokens=n_in + n_out
         )
         with self.lock:
-            self.answered[key] += 1
+            answered[key] += 1
         self.reply(200, body)
 
     def answer_object(self, request):
