@@ -899,8 +899,6 @@ def judge_command(
     note = f'; {counts["failed"]} failed, see its column error' if counts['failed'] else ''
     table = short_path(output_path)
     print(f'{counts["judged"]} of {counts["rows"]} replies judged: {table}{note}')
-    if not counts['judged']:
-        raise SocraticError(f'nothing could be judged: see the column error of {table}')
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11dd
 def _printable(text):

@@ -488,7 +488,7 @@ def test_the_command_itself_is_light(socratic_itself):
 def test_judge_of_nothing_that_can_be_judged_is_not_done(socratic, tmp_path):
     nothing = data_file(tmp_path, 'no json', json.dumps(dict(question='Why?')))
     done = socratic('judge', nothing, '--out', tmp_path / 'scores.csv')
-    says(done, 'nothing could be judged: see the column error of')
+    says(done, 'none of 2 replies was judged: line 1', 'column error')
     assert (tmp_path / 'scores.csv').is_file()
 
 

@@ -39,7 +39,7 @@ from socratic_finetune.config import Run, SocraticError, read_jsonl, settings_fo
 from socratic_finetune.conversation import Conversation, generate_answer, save_conversation
 from socratic_finetune.evaluate import score
 from socratic_finetune.generate import generate
-from socratic_finetune.judge import CRITERIA, Case, OpenAIJudge, judge_file
+from socratic_finetune.judge import CRITERIA, OpenAIJudge, judge_file, make_case
 from socratic_finetune.pipeline import _explain_failure, app
 from socratic_finetune.servers import Endpoint, connect_endpoint
 from socratic_finetune.teacher import OpenAITeacher, Reply
@@ -777,7 +777,7 @@ def test_marks_on_another_scale(name, play, tmp_path):
 
 def test_thoughts_are_not_judged():
     thoughtful = '<think>The answer is induction.</think>What happens to the needle?'
-    case = Case.create('Why?', thoughtful, None, None)
+    case = make_case('Why?', thoughtful, None, None)
     assert case.reply == 'What happens to the needle?'
 
 
