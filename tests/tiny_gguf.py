@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from tiny_models import llama_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -229,7 +230,10 @@ def pip_install(requirement):
     "The folder of a wheel, downloaded once outside the repository; None where it cannot be had."
     name = f'{requirement.replace("==", "-")}-py{sys.version_info.major}{sys.version_info.minor}'
     target = HOME / 'wheels' / name
-    if not target.is_dir():
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{target}.lock'):  # two workers of pytest may ask at once
+        if target.is_dir():
+            return target
         command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps']
         command += ['--only-binary', ':all:', '--disable-pip-version-check', '--retries', '1']
         hidden = target.with_name(f'.{name}.{os.getpid()}')
