@@ -1,5 +1,5 @@
 # Two commands to begin with: `make demo` and `make test`. Needs Python 3.10 to 3.13; everything is installed into .venv.
-#   make demo PROFILE=smollm2               with a real language model, about twenty minutes
+#   make demo PROFILE=smollm2               with a real language model, about half an hour
 #   make demo PYTHON=python3.12             with another Python
 #   make demo TORCH_INDEX=https://…         with torch from another package index, such as one that has CPU builds
 #   make chat CHAT="--tuned http://…/v1"    with an OpenAI-compatible server in place of a model
