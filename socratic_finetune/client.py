@@ -50,7 +50,13 @@ from openai.types import Batch
 from pydantic import BaseModel
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
 
-from .config import Settings, SocraticError, data_path, write_atomic
+from socratic_finetune.config import (
+    Settings,
+    SocraticError,
+    data_path,
+    decode_text,
+    write_atomic,
+)
 from socratic_finetune.replies import (
     ErrorInAnswer,
     WebPage,
@@ -63,18 +69,6 @@ from socratic_finetune.replies import (
 )
 
 # %% ../nbs/80_client.ipynb #80f00001
-def _decode(content: bytes) -> str:
-    "The text of a settings file, in whichever encoding an editor or a shell has written it."
-    encoding = 'utf-8-sig'
-    if content.startswith((b'\xff\xfe', b'\xfe\xff')):
-        encoding = 'utf-16'
-    elif content[1:2] == b'\0':
-        encoding = 'utf-16-le'
-    elif content[:1] == b'\0':
-        encoding = 'utf-16-be'
-    return content.decode(encoding, 'replace').replace('\0', '')
-
-
 def load_env() -> None:
     """Read the nearest `.env` into the environment; what is set there stays.
 
@@ -83,13 +77,13 @@ def load_env() -> None:
     if not path:
         return
     try:
-        text = _decode(Path(path).read_bytes())
+        text, _ = decode_text(Path(path).read_bytes())
     except OSError as error:
         raise SocraticError(
             f'{path} cannot be read ({error.strerror or error}): '
             'let your user read it, or set OPENAI_API_KEY in the shell'
         ) from None
-    load_dotenv(stream=io.StringIO(text))
+    load_dotenv(stream=io.StringIO(valid_unicode(text).replace('\0', '')))
 
 # %% ../nbs/80_client.ipynb #80f00004
 QUOTES = '"\'`“”„‟‘’‚«»'

@@ -48,7 +48,7 @@ from socratic_finetune.evaluate import (
 from .generate import map_concurrently
 from .report import add_section, dialogue_table, turn_plot
 from .signals import TopicMatcher, normalize_text
-from .statistics import bootstrap_interval, compare, format_comparison, holm
+from .statistics import bootstrap_interval, compare, comparison_table
 from .teacher import content_stems
 from socratic_finetune.topics import (
     Topic,
@@ -866,13 +866,7 @@ def dialogue_comparisons(
                 metric = f'{track}: no {measure}'
             row = dict(metric=metric, before=before, after=after)
             rows.append(row | compare(differences, seed=seed))
-    tested = [row for row in rows if row['p_sign_flip'] is not None]
-    corrected = holm([row['p_sign_flip'] for row in tested])
-    for row, p in zip(tested, corrected, strict=True):
-        row['p_holm'] = p
-    for row in rows:
-        row['summary'] = format_comparison(row)
-    return pd.DataFrame(rows)
+    return comparison_table(rows)
 
 # %% ../nbs/11_dialogue.ipynb #9230db32
 class DialogueResult(NamedTuple):

@@ -654,7 +654,7 @@ class AdjustThreads(TrainerCallback):
         self.governor.adjust()
 
     def on_train_end(self, args, state, control, **kwargs):
-        torch.set_num_threads(self.governor.most)
+        self.governor.restore()
 
 # %% ../nbs/06_finetune.ipynb #f10e0012
 def prompt_of(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HOMOGLYPHS', 'INVISIBLE', 'PICTURES', 'MUSICAL_SIGNS', 'INLINE_TAG', 'OTHER_MARKUP', 'SPACED_LETTERS',
            'STOP_WORD_LIST', 'STOP_WORDS', 'FUNCTION_WORD_LIST', 'FUNCTION_WORDS', 'CHECK_IN', 'LEADING_QUESTION',
-           'OPEN_QUESTION', 'ABOUT_PROCESS', 'TASK', 'WARM', 'INSULT', 'HINT_CUE', 'EQUATION', 'NUMBER',
-           'PROMPT_INJECTION', 'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp',
-           'function_word_ratio', 'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text',
-           'topic_stems', 'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage',
-           'clarity', 'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'same_question',
-           'repeated_questions', 'confirms', 'english_ratio']
+           'OPEN_QUESTION', 'ABOUT_PROCESS', 'TASK', 'WARM', 'INSULT', 'EQUATION', 'NUMBER', 'PROMPT_INJECTION',
+           'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp', 'function_word_ratio',
+           'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text', 'topic_stems',
+           'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage', 'clarity',
+           'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'same_question', 'repeated_questions',
+           'confirms', 'english_ratio']
 
 # %% ../nbs/79_signals.ipynb #91b24564
 import html
@@ -493,12 +493,6 @@ INSULT = re.compile(
     r'(question|answer|work|essay|attempt) is (so |just )?'
     r'(pathetic|dumb|ridiculous|rubbish|garbage|worthless|embarrassing)|'
     r"(did not|didn't|don't|never) (even )?(pay attention|listen|use your (head|brain)))\b",
-    re.I,
-)
-HINT_CUE = re.compile(  # a reply offers a hint, an example or a smaller step
-    r'\b(think of|think about|imagine|picture|suppose|remember|recall|hint|for (example|instance)|'
-    r'look at|compare|consider|notice|start (with|by|from)|you (know|have seen|have|may have)|'
-    r"try|what if|if you|let's|first)\b",
     re.I,
 )
 

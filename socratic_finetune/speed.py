@@ -876,3 +876,20 @@ def adjust(self: ThreadGovernor) -> int:  # threads that torch uses from here on
     if n_threads != torch.get_num_threads():
         torch.set_num_threads(n_threads)
     return n_threads
+
+
+@patch
+def restore(self: ThreadGovernor) -> None:
+    "Give torch its threads back, so that whoever comes next does not take fewer for all."
+    if self.enabled:
+        torch.set_num_threads(self.most)
+
+
+@patch
+def __enter__(self: ThreadGovernor):
+    return self
+
+
+@patch
+def __exit__(self: ThreadGovernor, *exception):
+    self.restore()

@@ -442,7 +442,7 @@ def _generate(self: Tutor, model, prompts, max_new_tokens):
     "Greedy token ids after each prompt, up to and with the one that ends it, and maybe more."
     end_ids = torch.tensor(sorted(self.end_ids), device=model.device)
     generated = [[] for _ in prompts]
-    with torch.inference_mode():
+    with torch.inference_mode(), self._governor:
         batch = _Batch(model, prompts, self.tokenizer.pad_token_id)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
         for _ in range(max_new_tokens):

@@ -519,3 +519,12 @@ def test_number_of_threads_that_is_asked_for_is_kept(monkeypatch):
     governor.last = (0.0, -1e9)
     before = torch.get_num_threads()
     assert governor.adjust() == before == torch.get_num_threads()
+
+
+def test_a_second_governor_is_not_held_to_the_first_ones_low(governor, monkeypatch):
+    monkeypatch.setattr('psutil.cpu_count', lambda: 4)
+    governor.last = (0.0, 0.0)
+    monkeypatch.setattr(governor, 'read', lambda: (1.0, 3.0))  # three busy cores
+    with governor:
+        assert governor.adjust() == 1
+    assert ThreadGovernor().most == torch.get_num_threads() == 4
