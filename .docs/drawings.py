@@ -310,7 +310,7 @@ DRAWINGS = {
             folder=(
                 6,
                 1.6,
-                'cache/model-CHECKSUM/\nconfig, tokenizer\nsafetensors in bf16',
+                'NAME-CHECKSUM/\nconfig, tokenizer\nsafetensors in bf16',
                 'good',
             ),
             tune=(6, 4, 'finetune', 'stage'),
