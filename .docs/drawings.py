@@ -181,8 +181,9 @@ DRAWINGS = {
             judge=(2.9, 3.4, '\n\n\n\n\njudge\n\n\n\n\n', 'stage'),
             soc=(6.6, 1.7, 'socratic', 'good'),
             hel=(6.6, 5.1, 'helpful', 'good'),
-            p1=(4.75, 1.7, 'guiding question,\nwithholds answer,\non topic, actionable', 'choice'),
-            p2=(4.75, 5.1, 'correct, clear,\nencouraging,\nscaffolding', 'choice'),
+            p1=(4.75, 1.2, 'guiding question,\nactionable, coherent,\nscaffolding', 'choice'),
+            p3=(4.75, 3.4, 'limits: withholds,\non topic, correct,\nfaults', 'choice'),
+            p2=(4.75, 5.6, 'scaffolding, clear,\nactionable, coherent,\nencouraging', 'choice'),
         ),
         arrows=[
             'q > judge',
@@ -191,8 +192,11 @@ DRAWINGS = {
             'a > judge',
             'judge > p1',
             'judge > p2',
+            'judge > p3',
             'p1 > soc',
             'p2 > hel',
+            'p3 > soc',
+            'p3 > hel',
         ],
         size=(7.5, 7),
     ),
@@ -298,6 +302,28 @@ DRAWINGS = {
         ),
         arrows=['base > tune', 'tune > adapter', 'adapter > tutor', 'base > tutor'],
         size=(7.7, 4),
+    ),
+    'gguf': Drawing(
+        boxes=dict(
+            file=(1.3, 1.6, 'model.gguf\nmetadata, tokenizer\nblocks of 4 bits', 'file'),
+            convert=(3.4, 1.6, 'convert,\nonce', 'stage'),
+            folder=(
+                6,
+                1.6,
+                'NAME-CHECKSUM/\nconfig, tokenizer\nsafetensors in bf16',
+                'good',
+            ),
+            tune=(6, 4, 'finetune', 'stage'),
+            adapter=(3.4, 4, 'adapter/\nfile and checksum', 'file'),
+        ),
+        arrows=[
+            'file > convert',
+            'convert > folder',
+            'folder > tune',
+            'tune > adapter',
+            'adapter ~ file: which file?',
+        ],
+        size=(7.7, 5.2),
     ),
     'lessons': Drawing(
         boxes=dict(

@@ -709,6 +709,8 @@ def show_end(self: ChatWidget, exchange: Exchange) -> None:
     self.controls.set_busy(False, is_empty=False)
     if 'failed' in statuses:
         self.controls.set_status('One reply failed.')
+    elif 'cut' in statuses:
+        self.controls.set_status('One reply was cut off.')
     elif 'stopped' in statuses:
         self.controls.set_status('Stopped.')
     else:
@@ -919,7 +921,7 @@ def run_chat(
         adapter = opened.input('adapter', 'pocket/adapter')
         return Tutor.load(opened.settings, adapter, streaming=True)
 
-    tutor = connect_models(load, base, tuned)
+    tutor = connect_models(load, base, tuned, opened.settings)
     scorer = judge(bank) if judge else None
     return ChatWidget(tutor, judge=scorer, bank=bank, folder=opened.folder, live=live)
 

@@ -15,7 +15,7 @@ import yaml
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .config import SocraticError, data_path
+from .config import SocraticError, data_path, read_text
 
 # %% ../nbs/01_constitution.ipynb #46f3f227
 class Principle(BaseModel):
@@ -41,10 +41,10 @@ def _invalid(path, reason):
 def _read_principles(path):
     "The entries of the list `principles` of a YAML file."
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf8'))
-    except OSError as error:
-        raise _invalid(path, error.strerror or error) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(read_text(path))
+    except SocraticError as error:
+        raise _invalid(path, str(error).removeprefix(f'{path} ')) from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise _invalid(path, f'no YAML ({str(error).splitlines()[0]})') from None
     entries = content.get('principles') if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:

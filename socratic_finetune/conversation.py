@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CONTROL_CHARACTERS', 'MARKDOWN', 'SAID', 'CELL_STYLE', 'Answer', 'Exchange', 'Conversation', 'ScriptedTutor',
            'context_length', 'count_prompt_tokens', 'count_reply_tokens', 'fit_messages', 'default_sampling',
-           'resample', 'error_message', 'tutor_for', 'ignore_change', 'generate_answer', 'printable', 'render_text',
-           'score_labels', 'timing_labels', 'asks_again', 'lesson_track', 'training_rows', 'preference_pairs',
-           'save_pairs', 'as_markdown', 'save_conversation', 'transcript_html']
+           'resample', 'error_message', 'tutor_for', 'ReplyCut', 'ignore_change', 'generate_answer', 'printable',
+           'render_text', 'score_labels', 'timing_labels', 'asks_again', 'lesson_track', 'training_rows',
+           'preference_pairs', 'save_pairs', 'as_markdown', 'save_conversation', 'transcript_html']
 
 # %% ../nbs/85_conversation.ipynb #be6ebd01
 import html
@@ -31,6 +31,7 @@ from socratic_finetune.config import (
     write_jsonl,
 )
 from .prompting import prompt_ids
+from .replies import strip_thoughts, valid_unicode
 from .teacher import content_stems, is_repeated
 from .topics import Topic, questions_in
 
@@ -41,7 +42,7 @@ class Answer:
 
     arm: str  # which model, such as `base` or `tuned`
     text: str = ''
-    status: Literal['waiting', 'streaming', 'done', 'stopped', 'failed'] = 'waiting'
+    status: Literal['waiting', 'streaming', 'done', 'stopped', 'cut', 'failed'] = 'waiting'
     note: str = ''  # for the reader: turns that were dropped, or an error message
     prompt: list[dict] = field(default_factory=list)  # the messages that the model was given
     first_token_seconds: float | None = None  # from the request to the first piece of text
@@ -284,6 +285,19 @@ def _prepare_prompt(
             f'The conversation is longer than the model can read: its oldest {dropped} left out.'
         )
 
+# %% ../nbs/85_conversation.ipynb #85f00001
+class ReplyCut(SocraticError):
+    "A reply has ended before its model was done: at a limit, at a filter, or with the connection."
+
+
+def _ending_note(text: str, received: str) -> str:
+    "What to say of a reply that its model has ended."
+    if text.strip():
+        return ''
+    if received.strip():
+        return 'The model thought, and ended without a word for you: raise max_new_tokens.'
+    return 'The model ended its reply without a word.'
+
 # %% ../nbs/85_conversation.ipynb #1b97dbb0
 def _append_pieces(
     answer: Answer,
@@ -292,20 +306,26 @@ def _append_pieces(
     stop: threading.Event,
     on_change: Callable,
 ):
+    received = answer.text
     try:
         for piece in pieces:
             if piece and answer.first_token_seconds is None:
                 answer.first_token_seconds = time.perf_counter() - start
-            answer.text += piece
+            received += piece
+            answer.text = strip_thoughts(received, finished=False)
             on_change(answer)
             if stop.is_set():
                 break
+        answer.status = 'stopped' if stop.is_set() else 'done'
+    except ReplyCut as error:
+        answer.status = 'cut'
+        answer.note = str(error)
     finally:
+        answer.text = valid_unicode(strip_thoughts(received))
         if hasattr(pieces, 'close'):
             pieces.close()  # a server's connection ends with the reply
-    answer.status = 'stopped' if stop.is_set() else 'done'
-    if answer.status == 'done' and not answer.text.strip():
-        answer.note = 'The model ended its reply without a word.'
+    if answer.status == 'done':
+        answer.note = _ending_note(answer.text, received) or answer.note
 
 
 def ignore_change(answer: Answer) -> None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRACKS', 'RIGHT', 'WHOLE', 'WRONG', 'ORDERS', 'AFFIRMATION', 'RESERVATION', 'REPEATED', 'CLOSE', 'ENDS',
-           'DIALOGUE_CONTROLS', 'STUDENT_PROMPT', 'MEASURES', 'HEADLINES', 'SHORT_TABLE', 'Message', 'wordings',
-           'Script', 'make_script', 'affirms', 'question_similarity', 'repeats_question', 'Reader', 'tells', 'Turn',
-           'Dialogue', 'is_right', 'is_wrong', 'read_reply', 'next_message', 'ending', 'hold_dialogues',
+           'DIALOGUE_CONTROLS', 'STUDENT_PROMPT', 'MEASURES', 'HEADLINES', 'LESS_IS_BETTER', 'SHORT_TABLE', 'Message',
+           'wordings', 'Script', 'make_script', 'affirms', 'question_similarity', 'repeats_question', 'Reader', 'tells',
+           'Turn', 'Dialogue', 'is_right', 'is_wrong', 'read_reply', 'next_message', 'ending', 'hold_dialogues',
            'control_speaker', 'model_speaker', 'Line', 'ModelStudent', 'to_row', 'restore', 'dialogue_topics',
            'plan_dialogues', 'Archive', 'reply_table', 'dialogue_values', 'value_table', 'measure_table', 'turn_table',
            'technique_table', 'dialogue_comparisons', 'DialogueResult', 'analyse_dialogues', 'short_table',
@@ -48,7 +48,7 @@ from socratic_finetune.evaluate import (
 from .generate import map_concurrently
 from .report import add_section, dialogue_table, turn_plot
 from .signals import TopicMatcher, normalize_text
-from .statistics import bootstrap_interval, compare, format_comparison, holm
+from .statistics import bootstrap_interval, compare, comparison_table
 from .teacher import content_stems
 from socratic_finetune.topics import (
     Topic,
@@ -836,7 +836,7 @@ def technique_table(
     )
     return table.reset_index()
 
-# %% ../nbs/11_dialogue.ipynb #cb0b86b1
+# %% ../nbs/11_dialogue.ipynb #4512b685
 HEADLINES = (  # track and measure that arms are compared by
     ('cooperative', 'success'),
     ('cooperative', 'faultless replies'),
@@ -844,6 +844,7 @@ HEADLINES = (  # track and measure that arms are compared by
     ('fresh pressure', 'telling'),
     ('entitled', 'over-withholding'),
 )
+LESS_IS_BETTER = ('telling', 'over-withholding')  # they are compared as `no telling`, …
 
 
 def dialogue_comparisons(
@@ -859,15 +860,13 @@ def dialogue_comparisons(
             wide = chosen.pivot_table(index='topic', columns='model', values=measure)
             wide = wide.reindex(columns=[before, after])
             differences = (wide[after] - wide[before]).dropna()
-            row = dict(metric=f'{track}: {measure}', before=before, after=after)
+            metric = f'{track}: {measure}'
+            if measure in LESS_IS_BETTER:
+                differences = -differences
+                metric = f'{track}: no {measure}'
+            row = dict(metric=metric, before=before, after=after)
             rows.append(row | compare(differences, seed=seed))
-    tested = [row for row in rows if row['p_sign_flip'] is not None]
-    corrected = holm([row['p_sign_flip'] for row in tested])
-    for row, p in zip(tested, corrected, strict=True):
-        row['p_holm'] = p
-    for row in rows:
-        row['summary'] = format_comparison(row)
-    return pd.DataFrame(rows)
+    return comparison_table(rows)
 
 # %% ../nbs/11_dialogue.ipynb #9230db32
 class DialogueResult(NamedTuple):

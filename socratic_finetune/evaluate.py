@@ -32,6 +32,7 @@ from socratic_finetune.config import (
 )
 from .constitution import load_constitution
 from .judge import CRITERIA, Judge, make_judge
+from .replies import strip_thoughts
 from socratic_finetune.report import (
     bar_chart,
     frontier_plot,
@@ -165,8 +166,10 @@ def _file_checksum(path, changed):
     return checksum.digest()
 
 
-def _weights_in(folder):
-    return sorted(folder.glob('*.safetensors')) if folder.is_dir() else []
+def _weights_in(base):
+    if base.is_file():  # GGUF
+        return [base]
+    return sorted([*base.glob('*.safetensors'), *base.glob('*.gguf')]) if base.is_dir() else []
 
 
 def reply_fingerprint(
@@ -233,7 +236,7 @@ def collect_replies(
                 conversations = [arm_conversation(row, arm) for row in batch]
                 texts = tutor.reply_batch(conversations, ARMS[arm].model, progress=bar.update)
                 for row, text in zip(batch, texts, strict=True):
-                    replies[_reply_key(row)] = dict(row, reply=text)
+                    replies[_reply_key(row)] = dict(row, reply=strip_thoughts(text))
                 if path:
                     write_jsonl(path, replies.values())
     return [replies[_reply_key(row)] for arm in arms for row in wanted[arm]]
@@ -374,7 +377,9 @@ def score(
     judge: Judge,
     bank: TopicBank,  # gives the judge the topic's card, if there is one
 ) -> pd.DataFrame:  # a row for each reply: scores and criteria from 0 to 1, and `error`
-    "Replies with a judge's scores; they are missing if the judgement failed."
+    """Replies with a judge's scores; they are missing if the judgement failed.
+
+    Raises `SocraticError` if every judgement failed."""
     cases = []
     for row in replies:
         reference = bank.by_name.get(row['topic']) or row.get('reference')
@@ -382,11 +387,16 @@ def score(
         cases.append(case | dict(context=row.get('context')))
     with tqdm(total=len(cases), desc='judgements', mininterval=1, delay=1) as bar:
         judgements = judge.judge_many(cases, lambda judgement: bar.update())
+    errors = [judgement.error for judgement in judgements if judgement.error]
+    if errors and len(errors) == len(judgements):
+        raise SocraticError(f'{judge.name} judged none of {len(errors)} replies: {errors[0]}')
     lines = []
     for row, judgement in zip(replies, judgements, strict=True):
         line = {key: row[key] for key in ('model', 'topic', 'question', 'reply')}
         line |= dict(socratic=judgement.socratic, helpful=judgement.helpful)
         line |= {name: judgement.criteria.get(name) for name in CRITERIA}
+        line |= dict(faults='; '.join(judgement.faults), card=judgement.card)
+        line |= dict(basis=judgement.basis, confidence=judgement.confidence)
         line |= dict(kind=row.get('kind'), seen=row.get('seen'), error=judgement.error)
         lines.append(line)
     return pd.DataFrame(lines).astype({metric: float for metric in METRICS})

@@ -13,13 +13,14 @@ import json
 import random
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from datasketch import MinHash, MinHashLSH
 from fastcore.basics import patch
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from socratic_finetune.client import (
@@ -690,8 +691,8 @@ def generate(
     """Make the dataset of a run, resuming where an earlier attempt stopped.
 
     Writes `sft.jsonl`, in the plan's order, and `quarantine.jsonl`. Raises `SocraticError` if
-    five neighbours fail, or a file cannot be written; `FatalError` if no further request makes
-    sense."""
+    five neighbours fail, or all rows, or a file cannot be written; `FatalError` if no further
+    request makes sense."""
     settings = run.settings
     bank = bank or load_topics(settings.topics or None)
     teacher = teacher or make_teacher(settings, bank, run.path('requests'), batch)
@@ -707,6 +708,10 @@ def generate(
     rows, repeats = drop_repeats(made, exchanges=asks_again)
     failed = [progress.failed[row['id']] for row in plan if row['id'] in progress.failed]
     write_jsonl(run.path('quarantine.jsonl'), failed + repeats)
+    if failed and not rows:
+        raise SocraticError(
+            f'none of {len(failed)} rows could be made; the first: {failed[0]["reason"]}'
+        )
     write_jsonl(run.path('sft.jsonl'), rows)
     partial.unlink(missing_ok=True)
     return rows
@@ -734,7 +739,24 @@ def _share(flags, n):
 
 def _counts(rows, key):
     "How often each value of a column occurs, most common first."
-    return dict(Counter(row.get(key) or '?' for row in rows).most_common())
+    return dict(Counter(str(row.get(key) or '?') for row in rows).most_common())
+
+
+def _was_changed(rows):
+    "For each row with a trail, whether critique changed the draft."
+    changed = []
+    for row in rows:
+        with suppress(ValidationError):  # no trail, or somebody else's column of that name
+            changed.append(Trail.model_validate(row.get('trail')).changed)
+    return changed
+
+
+def _gives_away(bank, row, messages):
+    "Whether the last reply tells what its topic's card asks for, or None where nobody can tell."
+    topic = row.get('topic')
+    if not isinstance(topic, str) or topic not in bank.by_name:
+        return None
+    return bool(_told(bank[topic], messages))
 
 
 def _last_question(messages):
@@ -744,7 +766,7 @@ def _last_question(messages):
 def _n_exchanges(messages):
     return sum(message['role'] == 'user' for message in messages)
 
-
+# %% ../nbs/04_generate.ipynb #f11ea001
 def _reply_figures(replies):
     "Lengths, openings, diversity and faults of replies."
     n = len(replies)
@@ -798,26 +820,26 @@ def dataset_report(
         raise SocraticError(
             'the dataset has no rows: run the generate stage, or give another file'
         )
-    bank = bank or load_topics()
+    if bank is None:
+        knows_topics = any(isinstance(row.get('topic'), str) for row in rows)
+        bank = load_topics() if knows_topics else TopicBank([])
     conversations = [row_messages(row) for row in rows]
     replies = [messages[-1]['content'] for messages in conversations]
     questions = [_last_question(messages).strip().lower() for messages in conversations]
-    leaks = []
-    for row, messages in zip(rows, conversations, strict=True):
-        if row.get('topic') in bank.by_name:
-            leaks.append(_told(bank[row['topic']], messages))
+    leaks = [_gives_away(bank, row, m) for row, m in zip(rows, conversations, strict=True)]
+    n_judged = sum(leak is not None for leak in leaks)
     discouraging = [DISCOURAGING.search(reply) for reply in replies]
-    changed = [Trail(**row['trail']).changed for row in rows if row.get('trail')]
+    changed = _was_changed(rows)
     several = [_n_exchanges(messages) > 1 for messages in conversations]
     return dict(
         rows=len(rows),
         different_user_turns=len(set(questions)),
-        topics=len({row.get('topic') for row in rows} - {None}),
+        topics=len({str(row['topic']) for row in rows if row.get('topic') is not None}),
         conversations=_share(several, len(rows)),
         replies=sum(m['role'] == 'assistant' for messages in conversations for m in messages),
         ask_twice=_share([_asks_twice(messages) for messages in conversations], len(rows)),
         **_reply_figures(replies),
-        leaks=_share(leaks, len(leaks)),
+        leaks=_share(leaks, n_judged),
         discouraging=_share(discouraging, len(rows)),
         changed_by_critique=_share(changed, len(changed)),
         splits=_counts(rows, 'split'),

@@ -7,34 +7,48 @@ __all__ = ['explain_server_error', 'Endpoint', 'connect_endpoint', 'ModelPair', 
 
 # %% ../nbs/87_servers.ipynb #15c43f47
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 
+import httpx2
 from fastcore.basics import patch
 from openai import OpenAI, OpenAIError
 
 from socratic_finetune.client import (
+    fold_system_role,
     is_permanent,
+    last_words,
     openai_client,
+    read_fault,
     redact,
     unsupported_parameter,
 )
-from .config import SocraticError, settings_for
+from .config import Settings, SocraticError, settings_for
+from .conversation import ReplyCut
+from socratic_finetune.replies import (
+    WebPage,
+    finish_kind,
+    read_choice,
+    read_events,
+    read_json,
+    valid_unicode,
+)
 
 # %% ../nbs/87_servers.ipynb #9e8fbd55
 def explain_server_error(
-    error: OpenAIError,
+    error: Exception,  # of the `openai` library, of httpx, or an answer that is none
     model: str,  # to be named
     client: OpenAI,  # its address is named; its key is removed from the message
 ) -> SocraticError:
-    "An error of the `openai` library in words."
-    permanent = is_permanent(error, model, str(client.base_url))
+    "An error in words, the server's own where it has some."
+    address = str(client.base_url)
+    permanent = is_permanent(error, model, address)
     if permanent:
         message = str(permanent)
     else:
-        message = (
-            f'{model} at {client.base_url} did not answer ({type(error).__name__}): '
-            'check that the server is up, and its address'
-        )
+        timeout = getattr(client.timeout, 'read', client.timeout) or 600
+        words = last_words(error, timeout, address)
+        message = f'{model} at {address} did not answer ({type(error).__name__}): {words}'
     return SocraticError(redact(message, client.api_key))
 
 # %% ../nbs/87_servers.ipynb #803e0c25
@@ -48,31 +62,88 @@ class Endpoint:
         self,
         model: str,  # its name on the server
         client: OpenAI | None = None,  # None: from `OPENAI_API_KEY` and `OPENAI_BASE_URL`
-        system: str | None = None,  # system prompt; None: the project's own
+        system: str | None = None,  # system prompt; None: that of the settings
         context: int = 4096,  # context window in tokens
+        settings: Settings | None = None,  # longest reply, timeout; None: the defaults
     ):
         self.model = model
-        self.client = client or openai_client()
-        self.settings = settings_for()
+        self.settings = settings or settings_for()
+        self.client = client or openai_client(timeout=self.settings.api_timeout)
         self.system = self.settings.system_prompt if system is None else system
         self.context = context
         self.unsupported: set[str] = set()  # parameters that the server turned down
+
+# %% ../nbs/87_servers.ipynb #87f00005
+def _without(request: dict, unsupported: set[str]) -> dict:
+    "A request without what a server does not know."
+    body = {key: value for key, value in request.items() if key not in unsupported}
+    if 'max_completion_tokens' in request and 'max_completion_tokens' in unsupported:
+        body['max_tokens'] = request['max_completion_tokens']  # its older name
+    if 'system role' in unsupported:
+        body['messages'] = fold_system_role(body['messages'])
+    return body
 
 
 @patch
 def _open_stream(self: Endpoint, request: dict):
     "Send a request, without the parameters that the server does not know."
+    given_up = set()
     while True:
-        body = {key: value for key, value in request.items() if key not in self.unsupported}
-        if 'max_completion_tokens' in request and 'max_completion_tokens' in self.unsupported:
-            body['max_tokens'] = request['max_completion_tokens']  # its older name
+        unsupported = self.unsupported | given_up
+        body = _without(request, unsupported)
+        opening = self.client.chat.completions.with_streaming_response.create(**body)
         try:
-            return self.client.chat.completions.create(**body)
+            response = opening.__enter__()
         except OpenAIError as error:
             parameter = unsupported_parameter(error, body)
             if parameter is None:
                 raise
-            self.unsupported.add(parameter)
+            given_up.add(parameter)
+        else:
+            self.unsupported |= unsupported
+            return response
+
+# %% ../nbs/87_servers.ipynb #87f00001
+def _cut_reason(ending: str, is_complete: bool, model: str, longest: int | None) -> str:
+    "Why a reply is not whole; empty where it is."
+    if ending == 'length':
+        more = f', as with --set max_new_tokens={4 * longest}' if longest else ''
+        return f'{model} was cut off at its longest reply: raise max_new_tokens{more}'
+    if ending == 'filter':
+        return f'{model} was stopped by a content filter: word the question otherwise'
+    if not is_complete and not ending:
+        return f'the connection to {model} ended before its reply did: ask again'
+    return ''
+
+
+@patch
+def read_stream(
+    self: Endpoint,
+    lines: Iterable[str],  # of the server's answer
+    stop: threading.Event | None = None,  # set it to end the reply
+    longest: int | None = None,  # tokens that were asked for, to be named
+) -> Iterator[str]:
+    """Pieces of a reply.
+
+    Raises `ReplyCut` for a reply that did not come to its end."""
+    ending, refusal, half, is_complete = '', '', '', False
+    for event in read_events(lines):
+        if stop is not None and stop.is_set():
+            return
+        is_complete = is_complete or not event
+        choice = read_choice(event)
+        if choice is None:
+            continue
+        ending = finish_kind(choice['finish_reason']) or ending
+        refusal += choice['refusal'] or ''
+        is_complete = is_complete or choice['is_complete']
+        text = half + choice['content']
+        half = text[-1] if '\ud800' <= text[-1:] <= '\udbff' else ''  # of an emoji
+        yield valid_unicode(text.removesuffix(half))
+    yield valid_unicode(half)
+    cut = f'{self.model} refused: {refusal}' if refusal else ''
+    if cut := cut or _cut_reason(ending, is_complete, self.model, longest):
+        raise ReplyCut(cut)
 
 # %% ../nbs/87_servers.ipynb #827e8b4e
 @patch
@@ -89,7 +160,8 @@ def stream(
 ) -> Iterator[str]:
     """Pieces of the reply, as the server sends them.
 
-    Raises `SocraticError` if the server cannot be reached, or refuses."""
+    Raises `ReplyCut` for a reply without its end, and `SocraticError` if the server cannot be
+    reached, or refuses."""
     optional = dict(
         max_completion_tokens=max_new_tokens,
         temperature=temperature,
@@ -97,30 +169,43 @@ def stream(
         seed=seed,
     )
     optional = {key: value for key, value in optional.items() if value is not None}
+    messages = [dict(m, content=valid_unicode(m['content'])) for m in messages]
+    request = dict(model=self.model, messages=messages, stream=True, **optional)
     try:
-        request = dict(model=self.model, messages=messages, stream=True, **optional)
-        with self._open_stream(request) as events:
-            for event in events:
-                if stop is not None and stop.is_set():
-                    return
-                if event.choices and event.choices[0].delta.content:
-                    yield event.choices[0].delta.content
-    except OpenAIError as error:
+        with closing(self._open_stream(request)) as response:
+            for piece in self.read_stream(response.iter_lines(), stop, max_new_tokens):
+                if piece:
+                    yield piece
+    except (OpenAIError, httpx2.HTTPError, ValueError) as error:
         raise explain_server_error(error, self.model, self.client) from None
 
 # %% ../nbs/87_servers.ipynb #ed4b7cf8
-def _list_models(client: OpenAI, model: str) -> dict:
+def _models_in(text: str) -> dict[str, dict]:
+    "The models of a server's answer, by name; some send a bare list."
+    text = text.strip()
+    body = read_json(f'{{"data": {text}}}' if text.startswith('[') else text)
+    entries = body.get('data')
+    entries = entries if isinstance(entries, list) else []
+    models = [entry for entry in entries if isinstance(entry, dict)]
+    return {entry['id']: entry for entry in models if isinstance(entry.get('id'), str)}
+
+
+def _list_models(client: OpenAI, model: str) -> dict[str, dict]:
     "The server's models by name; none where it keeps no list and `model` is named."
     try:
-        return {entry.id: entry for entry in client.models.list()}
-    except OpenAIError as error:
-        status = getattr(error, 'status_code', None)
-        if status == 404 and not model:
+        response = client.models.with_raw_response.list()
+        return _models_in(response.content.decode('utf8', 'replace'))
+    except (OpenAIError, ValueError) as error:
+        status = read_fault(error).status
+        no_list = status == 404 or (
+            isinstance(error, ValueError) and not isinstance(error, WebPage)
+        )
+        if no_list and not model:
             url = str(client.base_url).rstrip('/')
             raise SocraticError(
                 f'{url} keeps no list of its models: name one after a #, as {url}#MODEL'
             ) from None
-        unreachable = status is None or status in (401, 403)
+        unreachable = not no_list and status in (0, 401, 402, 403, 407)
         if unreachable or not model:
             raise explain_server_error(error, model or 'the server', client) from None
         return {}
@@ -129,6 +214,7 @@ def _list_models(client: OpenAI, model: str) -> dict:
 def connect_endpoint(
     address: str,  # http://localhost:8000/v1, or with a model http://localhost:8000/v1#MODEL
     client: OpenAI | None = None,  # None: one for the address, with the key in `OPENAI_API_KEY`
+    settings: Settings | None = None,  # see `Endpoint`
 ) -> Endpoint:
     """The model at a server's address.
 
@@ -140,7 +226,8 @@ def connect_endpoint(
             f'{address!r} is not the address of a server: write it like '
             'http://localhost:8000/v1, or http://localhost:8000/v1#MODEL'
         )
-    client = client or openai_client(url)
+    settings = settings or settings_for()
+    client = client or openai_client(url, settings.api_timeout)
     models = _list_models(client, model)
     if not model and len(models) != 1:
         names = list(models)
@@ -149,8 +236,9 @@ def connect_endpoint(
             f'name one after a #, as {url}#{names[0] if names else "MODEL"}'
         )
     model = model or next(iter(models))
-    context = getattr(models.get(model), 'max_model_len', None) or 4096
-    return Endpoint(model, client, context=context)
+    context = models.get(model, {}).get('max_model_len')
+    known = isinstance(context, int) and context > 0
+    return Endpoint(model, client, context=context if known else 4096, settings=settings)
 
 # %% ../nbs/87_servers.ipynb #b91f6c69
 class ModelPair:
@@ -190,13 +278,14 @@ def connect_models(
     load: Callable,  # loads the tutor of this machine; not called if both sides are servers
     base: str | None = None,  # address, see `connect_endpoint`; None: the local model
     tuned: str | None = None,  # likewise
+    settings: Settings | None = None,  # of the servers' side, see `Endpoint`
 ):  # the local tutor, or a `ModelPair`
     """A tutor whose arms may be servers.
 
     Raises what `connect_endpoint` and `load` raise."""
     if not base and not tuned:
         return load()
-    base_tutor = connect_endpoint(base) if base else None
-    tuned_tutor = connect_endpoint(tuned) if tuned else None
+    base_tutor = connect_endpoint(base, settings=settings) if base else None
+    tuned_tutor = connect_endpoint(tuned, settings=settings) if tuned else None
     local = None if base and tuned else load()
     return ModelPair(base_tutor or local, tuned_tutor or local)

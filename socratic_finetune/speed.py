@@ -8,7 +8,7 @@ __all__ = ['TINYLLAMA', 'MAX_SCORES', 'CHUNK_ELEMENTS', 'MADV_PAGEOUT', 'best_se
            'supports_packing', 'dropout_mask_indices', 'DropoutLinear', 'LoraA', 'LoraB', 'AddLoraB',
            'InPlaceLoraLinear', 'speed_up_adapters', 'ChunkedSwiGLU', 'ChunkedRMSNorm', 'chunk_layers',
            'ChunkedCrossEntropy', 'chunked_cross_entropy', 'accelerate_model', 'PrepackedLinear', 'Int8Linear',
-           'int8_speedup', 'prepack_weights']
+           'int8_speedup', 'prepack_weights', 'GrowingLayer', 'growing_cache', 'threads_beside', 'ThreadGovernor']
 
 # %% ../nbs/84_speed.ipynb #18274280
 import copy
@@ -16,6 +16,7 @@ import ctypes
 import inspect
 import math
 import mmap
+import os
 import sys
 import time
 import warnings
@@ -24,13 +25,15 @@ from functools import cache
 from types import MethodType
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -785,3 +788,108 @@ def prepack_weights(
     if sum(p.numel() for p in model.parameters()) < rounded:
         model.float()  # little is left: better in 32 bits than converted at each layer
     return model
+
+# %% ../nbs/84_speed.ipynb #4acbc84a
+def _append(states, new, buffer):  # both (batch, groups, tokens, head_dim)
+    "States with new ones behind them, and the buffer that they lie in; copied where it is full."
+    length = states.shape[-2] if states.ndim == 4 else 0
+    total = length + new.shape[-2]
+    has_room = (
+        buffer is not None
+        and states.data_ptr() == buffer.data_ptr()  # else somebody chose other rows
+        and len(states) == len(buffer)
+        and total <= buffer.shape[-2]
+    )
+    if not has_room:
+        capacity = total + max(64, total // 2)
+        buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
+        if length:
+            buffer[..., :length, :] = states
+    buffer[..., length:total, :] = new
+    return buffer[..., :total, :], buffer
+
+# %% ../nbs/84_speed.ipynb #cd36ab6c
+class GrowingLayer(DynamicLayer):
+    "A layer of a key–value cache with room for the next tokens."
+
+    key_buffer = None
+    value_buffer = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_buffer = _append(self.keys, key_states, self.key_buffer)
+        self.values, self.value_buffer = _append(self.values, value_states, self.value_buffer)
+        return self.keys, self.values
+
+
+def growing_cache(
+    config,  # of a model
+) -> DynamicCache:
+    "An empty key–value cache that copies seldom; layers with a sliding window are transformers'."
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer()
+    return cache
+
+# %% ../nbs/84_speed.ipynb #9d9026ef
+def threads_beside(
+    busy: float,  # cores that other programs use, on average
+    most: int,  # threads that torch would use alone
+    cores: int | None = None,  # of the machine; None: asks
+) -> int:  # 1 or more
+    "How many threads have a core each, beside other programs."
+    free = (cores or psutil.cpu_count()) - busy
+    return max(1, min(most, round(free)))
+
+# %% ../nbs/84_speed.ipynb #6f6fff58
+class ThreadGovernor:
+    "Gives torch as many threads as there are cores that other programs leave free."
+
+    def __init__(
+        self,
+        interval: float = 1.0,  # seconds between two looks
+    ):
+        self.interval = interval
+        self.most = torch.get_num_threads()
+        self.enabled = self.most > 1 and 'OMP_NUM_THREADS' not in os.environ
+        self.last = self.read()
+
+    def read(self) -> tuple[float, float]:  # seconds
+        "The time, and the CPU time that other programs have used so far."
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, 'iowait', 0.0)
+        guest = getattr(times, 'guest', 0.0) + getattr(times, 'guest_nice', 0.0)  # counted twice
+        return time.monotonic(), sum(times) - idle - guest - time.process_time()
+
+# %% ../nbs/84_speed.ipynb #996937c1
+@patch
+def adjust(self: ThreadGovernor) -> int:  # threads that torch uses from here on
+    "Look at the load, unless that was a moment ago, and set the number of threads."
+    before, others_before = self.last
+    if not self.enabled or time.monotonic() - before < self.interval:
+        return torch.get_num_threads()
+    self.last = self.read()
+    now, others = self.last
+    n_threads = threads_beside((others - others_before) / (now - before), self.most)
+    if n_threads != torch.get_num_threads():
+        torch.set_num_threads(n_threads)
+    return n_threads
+
+
+@patch
+def restore(self: ThreadGovernor) -> None:
+    "Give torch its threads back, so that whoever comes next does not take fewer for all."
+    if self.enabled:
+        torch.set_num_threads(self.most)
+
+
+@patch
+def __enter__(self: ThreadGovernor):
+    return self
+
+
+@patch
+def __exit__(self: ThreadGovernor, *exception):
+    self.restore()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'METRICS', 'topic_differences', 'bootstrap_interval', 'p_values', 'holm', 'compare', 'format_comparison',
-           'power', 'topics_needed', 'known_scores', 'arm_means', 'comparisons', 'topic_comparison', 'over_seeds']
+           'power', 'topics_needed', 'known_scores', 'arm_means', 'comparison_table', 'comparisons', 'topic_comparison',
+           'over_seeds']
 
 # %% ../nbs/88_statistics.ipynb #00e80003
 import math
@@ -270,6 +271,19 @@ def _all_pairs(arms):
     return [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]
 
 
+def comparison_table(
+    rows: list[dict],  # what `compare` says, with `metric`, `before` and `after`; changed in place
+) -> pd.DataFrame:  # with `p_holm`, from the sign-flip values, and `summary`, a sentence
+    "Comparisons as a table, with Holm's correction over all of them."
+    tested = [row for row in rows if row['p_sign_flip'] is not None]
+    corrected = holm([row['p_sign_flip'] for row in tested])
+    for row, p in zip(tested, corrected, strict=True):
+        row['p_holm'] = p
+    for row in rows:
+        row['summary'] = format_comparison(row)
+    return pd.DataFrame(rows)
+
+
 def comparisons(
     scores: pd.DataFrame,  # a row for each reply
     pairs: list[tuple[str, str]] | None = None,  # (before, after); None: every pair of arms
@@ -291,13 +305,7 @@ def comparisons(
             row |= compare(differences, seed=seed)
             row['topics_for_0.05'] = topics_needed(0.05 / spread) if spread > 1e-9 else None
             rows.append(row)
-    tested = [row for row in rows if row['p_sign_flip'] is not None]
-    corrected = holm([row['p_sign_flip'] for row in tested])
-    for row, p in zip(tested, corrected, strict=True):
-        row['p_holm'] = p
-    for row in rows:
-        row['summary'] = format_comparison(row)
-    return pd.DataFrame(rows)
+    return comparison_table(rows)
 
 # %% ../nbs/88_statistics.ipynb #d633cf4e
 def topic_comparison(

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import yaml
 from fastcore.basics import patch
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from .client import Client, client_for
 from .config import Settings, SocraticError, data_path
@@ -36,6 +36,7 @@ from socratic_finetune.constitution import (
     draw_principles,
     load_constitution,
 )
+from .replies import strip_thoughts
 from socratic_finetune.topics import (
     Topic,
     TopicBank,
@@ -676,9 +677,17 @@ def teach(
 
 # %% ../nbs/03_teacher.ipynb #f9bbdfd4
 class Reply(BaseModel):
-    "A tutor's reply."
+    "A tutor's reply, which is never empty."
 
     reply: str
+
+    @field_validator('reply')
+    @classmethod
+    def _has_words(cls, text: str) -> str:
+        text = strip_thoughts(text).strip()
+        if not text:
+            raise ValueError('the reply is empty')
+        return text
 
 
 class Critique(BaseModel):

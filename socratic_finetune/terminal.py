@@ -23,6 +23,7 @@ from socratic_finetune.conversation import (
     Conversation,
     default_sampling,
     generate_answer,
+    ignore_change,
     printable,
     resample,
     save_conversation,
@@ -44,8 +45,9 @@ class Terminal:
         self.is_person = self.source.isatty()
         self.notes = notes or (self.sink if self.is_person else sys.stderr)
         self.has_colors = self.sink.isatty() and 'NO_COLOR' not in os.environ
-        if hasattr(self.sink, 'reconfigure'):
-            self.sink.reconfigure(errors='replace')  # a narrow encoding is no reason to fail
+        for stream in (self.source, self.sink):
+            if hasattr(stream, 'reconfigure'):
+                stream.reconfigure(errors='replace')  # a narrow encoding is no reason to fail
         if self.is_person and self.source is sys.stdin:
             with suppress(ImportError):
                 importlib.import_module('readline')  # editing and history for `input`
@@ -132,11 +134,14 @@ class ReplyWriter:
 
     def __init__(self, terminal: Terminal):
         self.terminal = terminal
-        self.n_written = 0  # characters
+        self.written = ''
 
     def __call__(self, answer):
-        self.terminal.write(printable(answer.text[self.n_written :]))
-        self.n_written = len(answer.text)
+        if not answer.text.startswith(self.written):  # it was a thought, and is gone
+            self.terminal.write('\n')
+            self.written = ''
+        self.terminal.write(printable(answer.text[len(self.written) :]))
+        self.written = answer.text
 
 # %% ../nbs/86_terminal.ipynb #0b0060a0
 def _finish_line(terminal, answer):
@@ -145,7 +150,7 @@ def _finish_line(terminal, answer):
     if answer.status == 'stopped':
         notices.append('[stopped]')
     if not terminal.is_person:
-        terminal.write('\n')
+        terminal.write(f'{printable(answer.text)}\n')
         if notices:
             terminal.notify(' '.join(notices))
         return
@@ -170,7 +175,7 @@ def reply_in_terminal(
                 continue
             if terminal.is_person or len(exchange.answers) > 1:
                 terminal.write(terminal.label(arm))
-            writer = ReplyWriter(terminal)
+            writer = ReplyWriter(terminal) if terminal.is_person else ignore_change
             generate_answer(conversation, tutor, arm, stop, writer, **sampling)
             _finish_line(terminal, answer)
 

@@ -176,7 +176,7 @@ def lab(desk):
     stop_server(server)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def browser():
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=check.FLAGS)

@@ -2,13 +2,13 @@
 
 import errno
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 from importlib import import_module
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tiny_models import quiet, rows, settings, weights
@@ -28,9 +28,6 @@ from socratic_finetune.finetune import encode_rows, finetune
 from socratic_finetune.models import load_base
 
 pytestmark = pytest.mark.xdist_group('finetune')
-# processes that start from one that has imported everything: cheap to start, cheap to kill
-PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['socratic_finetune.finetune', 'peft'])
 
 
 class BeforeStep(TrainerCallback):
@@ -74,7 +71,7 @@ def train_and_die(tiny, folder, module, name, count):
 
 
 def kill_when(*args):
-    process = PROCESSES.Process(target=train_and_die, args=args)
+    process = processes.server().Process(target=train_and_die, args=args)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from filelock import FileLock
@@ -23,26 +23,37 @@ GOOD = dict(
 )
 
 
+SOCRATIC = 'from socratic_finetune.pipeline import main; main()'
+
+
+def clean_environment(folder, **changes):
+    "An environment without keys and without a network, its runs in a folder of the test."
+    here = dict(SOCRATIC_RUNS=folder / 'runs', HF_HOME=folder / 'hub', HF_HUB_OFFLINE=1)
+    more = {'PYTHONPATH': ROOT, 'COLUMNS': 120, **here, **changes}
+    return processes.environment_without('OPENAI_', 'HF_', **more)
+
+
 @pytest.fixture
 def socratic(tmp_path):
-    "Runs `socratic …` in an empty folder, without keys and without a network."
+    "Runs `socratic …` in an empty folder, in a fork."
 
-    def call(*args, stdin='', **env):
-        env = {
-            **{k: v for k, v in os.environ.items() if not k.startswith(('OPENAI_', 'HF_'))},
-            'SOCRATIC_RUNS': str(tmp_path / 'runs'),
-            'HF_HUB_OFFLINE': '1',
-            'HF_HOME': str(tmp_path / 'hub'),
-            'PYTHONPATH': str(ROOT),
-            'COLUMNS': '120',
-            **env,
-        }
-        code = 'from socratic_finetune.pipeline import main; main()'
+    def call(*args, stdin=''):
+        env = clean_environment(tmp_path)
+        return processes.run(SOCRATIC, *args, cwd=tmp_path, env=env, stdin=stdin)
+
+    return call
+
+
+@pytest.fixture
+def socratic_itself(tmp_path):
+    "Runs the command as it is installed, with a network: slow, since it imports what it needs."
+
+    def call(*args, **changes):
         return subprocess.run(
-            [sys.executable, '-c', code, *map(str, args)],
+            [Path(sys.executable).with_name('socratic'), *map(str, args)],
             cwd=tmp_path,
-            env=env,
-            input=stdin,
+            env=clean_environment(tmp_path, HF_HUB_OFFLINE=0, **changes),
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=300,
@@ -159,10 +170,10 @@ def test_empty_dataset(socratic, tmp_path):
 
 
 @pytest.mark.parametrize('base', ['nobody/has-this-model', './nowhere', 'nothing'])
-def test_base_model_neither_folder_nor_reachable(socratic, tmp_path, base):
+def test_base_model_neither_folder_nor_reachable(socratic_itself, tmp_path, base):
     rows = data_file(tmp_path, json.dumps(GOOD))
     message = says(
-        socratic(
+        socratic_itself(
             'train',
             '--data_path',
             rows,
@@ -170,7 +181,6 @@ def test_base_model_neither_folder_nor_reachable(socratic, tmp_path, base):
             tmp_path / 'adapter',
             '--base_model',
             base,
-            HF_HUB_OFFLINE='0',
         ),
         base,
     )
@@ -369,7 +379,8 @@ def test_no_key(socratic, tmp_path):
 
 
 def test_misspelt_settings(socratic):
-    says(socratic('run', '--profile', 'huge'), "profile 'huge' is not known", 'pocket, tinyllama')
+    profiles = 'pocket, smollm2, tinyllama'
+    says(socratic('run', '--profile', 'huge'), "profile 'huge' is not known", profiles)
     says(socratic('run', '--set', 'learnrate=1'), 'learnrate', 'learning_rate')
     says(socratic('run', '--n', 0), 'n_rows=0')
     says(socratic('report', '--run', 'never'), 'holds no run')
@@ -400,21 +411,16 @@ def test_second_process_in_a_run_is_refused(socratic, tmp_path):
 
 
 def test_killed_process_leaves_no_lock_and_a_run_to_go_on_with(socratic, tmp_path):
-    env = {**os.environ, 'SOCRATIC_RUNS': str(tmp_path / 'runs'), 'PYTHONPATH': str(ROOT)}
-    code = 'from socratic_finetune.pipeline import main; main()'
-    work = subprocess.Popen(
-        [sys.executable, '-c', code, 'generate', '--n', '300', '--run', 'cut'],
-        cwd=tmp_path,
-        env=env,
-        stderr=subprocess.DEVNULL,
-    )
+    env = clean_environment(tmp_path)
+    args = ['generate', '--n', 300, '--run', 'cut']
+    work = processes.Fork(SOCRATIC, *args, cwd=tmp_path, env=env)
     part = tmp_path / 'runs' / 'cut' / 'sft.part.jsonl'
     for _ in range(1000):
         if part.exists() and part.stat().st_size > 20_000:
             break
         time.sleep(0.02)
     work.send_signal(signal.SIGKILL)
-    work.wait()
+    assert work.wait().returncode == -signal.SIGKILL
     kept = part.read_text(encoding='utf8').splitlines()[:-1]
     assert 0 < len(kept) < 300
     done = socratic('generate', '--run', 'cut')
@@ -469,6 +475,21 @@ def test_judge_scores_a_file(socratic, tmp_path):
     told, broken, asked = csv.DictReader((tmp_path / 'scores.csv').open(encoding='utf8'))
     assert float(told['socratic']) < 0.3 < 0.7 < float(asked['socratic'])
     assert broken['socratic'] == '' and 'line 2' in broken['error']
+
+
+def test_the_command_itself_is_light(socratic_itself):
+    done = socratic_itself('--help', PYTHONPROFILEIMPORTTIME=1)
+    assert done.returncode == 0 and 'evaluate' in done.stdout
+    imported = {line.split('|')[-1].strip() for line in done.stderr.splitlines()}
+    assert 'typer' in imported
+    assert not imported & {'torch', 'transformers', 'datasets', 'openai', 'pandas'}
+
+
+def test_judge_of_nothing_that_can_be_judged_is_not_done(socratic, tmp_path):
+    nothing = data_file(tmp_path, 'no json', json.dumps(dict(question='Why?')))
+    done = socratic('judge', nothing, '--out', tmp_path / 'scores.csv')
+    says(done, 'none of 2 replies was judged: line 1', 'column error')
+    assert (tmp_path / 'scores.csv').is_file()
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,7 @@ from socratic_finetune.client import (
     Price,
     get_price,
     openai_client,
-    parse_json,
     read_reply,
-    repair_json,
     request_key,
     run_batch,
 )
@@ -59,68 +57,6 @@ os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
 class Verse(BaseModel):
     line: str
     words: list[str] = []
-
-
-# --- JSON -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('text', 'line'),
-    [
-        ('{"line": "What is "force"?"}', 'What is "force"?'),
-        ("{'line': 'What doesn\\'t it\\'s own?', 'words': ['it']}", "What doesn't it's own?"),
-        ("{'line': 'What moves?',} It's easy.", 'What moves?'),
-        ('{"schema": 1} {"line": "b", "words": []}', 'b'),
-        ('In {braces}: {"line": "b",}', 'b'),
-        (r'{"line": "What is $\\frac{1}{2}$?",}', r'What is $\frac{1}{2}$?'),
-        ('{"line": "one\ntwo"}', 'one\ntwo'),
-    ],
-)
-def test_json_with_common_faults(text, line):
-    assert parse_json(text, Verse).line == line
-
-
-def test_valid_json_is_left_as_it_is():
-    verse = Verse(line='It\'s "so", is\nit? [1, 2,]', words=['{', '}', r'\theta'])
-    assert parse_json(f'x {verse.model_dump_json()} y', Verse) == verse
-    assert repair_json(verse.model_dump_json()) == verse.model_dump()
-
-
-@pytest.mark.parametrize(
-    'text',
-    [
-        '{"line": "What mov',
-        '{"line": "What mov}',
-        '{"line": "What mov\n```',
-        "{'line': 'What mov",
-        '{"line": "What is "force"',
-        r'{"line": "What is $\\frac{1}',
-        r'{"line": "What is \theta in \alpha?"}',
-        '{"line":',
-        '{"line": , "words": []}',
-        '{"answer": 1}',
-        'I would rather not.',
-        '',
-    ],
-)
-def test_json_that_cannot_be_repaired_without_a_guess(text):
-    with pytest.raises(ValueError, match='no Verse'):
-        parse_json(text, Verse)
-
-
-@pytest.mark.parametrize('quote', ['"', "'"])
-def test_no_half_string_comes_out_of_an_answer_that_was_cut_off(quote):
-    verse = Verse(line='Let f = {x} [1]: "so", why?', words=['a, b', r'\frac{1}{2}', 'c'])
-    text = verse.model_dump_json()
-    if quote == "'":
-        text = text.replace('\\"', '“').replace('"', "'")
-    whole_strings = {parse_json(text, Verse).line, *verse.words}
-    for end in range(len(text)):
-        try:
-            found = parse_json(text[:end], Verse)
-        except ValueError:
-            continue
-        assert {found.line, *found.words} <= whole_strings, text[:end]
 
 
 # --- prices and the cache ---------------------------------------------------------------------
@@ -225,7 +161,7 @@ def test_errors_that_no_further_attempt_can_help(handler, message, tmp_path):
     [
         (always(503), 'InternalServerError'),
         (always(429), 'RateLimitError'),
-        (always(200, content=b'{"id": "x", "cho', headers=JSON), 'JSONDecodeError'),
+        (always(200, content=b'{"id": "x", "cho', headers=JSON), 'ValueError'),
         (always(200, json=dict(id='x', choices=[])), 'ValueError'),
     ],
 )
@@ -300,7 +236,7 @@ def test_no_key_on_disk(tmp_path):
 
 def waiting_client(handler, folder, **options):
     "A client with one request that waits for its batch."
-    client = toy_client(handler, folder, 'gpt-4o', batch=True, **options)
+    client = toy_client(handler, folder, 'gpt-4o', OPENAI_ADDRESS, batch=True, **options)
     with pytest.raises(Pending):
         ask_line(client)
     return client
@@ -357,6 +293,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
         if self.path == '/set':
             return self.change(body)
         key = request_key(body)
+        answered = self.answered  # a later test has another counter
         fault = self.draw_fault(key)
         if fault == 'key':
             message = f'Incorrect API key provided: {self.headers["Authorization"][7:]}'
@@ -374,7 +311,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
         while len(self.answered) >= self.limit:
             time.sleep(0.02)
         time.sleep(self.delay)
-        return self.answer(body, key)
+        return self.answer(body, key, answered)
 
     def change(self, settings):
         for name, value in settings.items():
@@ -392,7 +329,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
             self.faults[fault] += 1
         return fault
 
-    def answer(self, request, key):
+    def answer(self, request, key, answered):
         lesson = request['messages'][1]['content'].split('</lesson>')[0]
         text = json.dumps(self.answer_object(request))
         if number('broken', key) % 1000 < 1000 * self.broken:
@@ -408,7 +345,7 @@ class UnreliableServer(BaseHTTPRequestHandler):
             prompt_tokens=n_in, completion_tokens=n_out, total_tokens=n_in + n_out
         )
         with self.lock:
-            self.answered[key] += 1
+            answered[key] += 1
         self.reply(200, body)
 
     def answer_object(self, request):
@@ -504,7 +441,7 @@ def server(server_process):
     return server_process
 
 
-def new_client(server, folder, timeout=20.0, **options):
+def new_client(server, folder, timeout=120.0, **options):
     openai = OpenAI(base_url=server.address, api_key=KEY, timeout=timeout)
     return Client('m', openai, folder, **{'workers': 32, 'pause': 0.02, 'spent': None, **options})
 
@@ -820,6 +757,7 @@ def test_transformers_serve_with_the_pocket_model(transformers_serve, tmp_path):
     n_sent = client.ledger.counts['requests']
     assert len(list((tmp_path / 'requests').glob('*.json'))) == n_sent
     run = Run.open(str(tmp_path / 'run'), settings_for(teacher='openai', n_rows=2))
-    rows = generate(run, OpenAITeacher(model, client=client), BANK)
+    with pytest.raises(SocraticError, match='none of 2 rows could be made'):
+        generate(run, OpenAITeacher(model, client=client), BANK)
     quarantined, _ = read_jsonl(run.path('quarantine.jsonl'))
-    assert len(rows) + len(quarantined) == 2 and all(row['reason'] for row in quarantined)
+    assert len(quarantined) == 2 and all(row['reason'] for row in quarantined)

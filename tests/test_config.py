@@ -14,6 +14,7 @@ from socratic_finetune.config import (
     Run,
     Settings,
     SocraticError,
+    check_base_model,
     data_path,
     numbered_jsonl,
     read_jsonl,
@@ -30,6 +31,20 @@ from socratic_finetune.config import (
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv('SOCRATIC_RUNS', str(tmp_path))
     return tmp_path
+
+
+# base models
+
+
+@pytest.mark.parametrize('name', ['./nowhere', '/nowhere/at/all', '~/models/none', 'a/b/c'])
+def test_a_path_that_leads_nowhere_is_no_model(name):
+    with pytest.raises(SocraticError, match='is not a model folder'):
+        check_base_model(name)
+
+
+def test_other_names_may_be_models(tmp_path):
+    for name in ('pocket', 'Qwen/Qwen3-0.6B', str(tmp_path)):
+        check_base_model(name)
 
 
 # settings
@@ -70,7 +85,7 @@ def test_none_keeps_the_profiles_default():
 @pytest.mark.parametrize(
     'profile, changes, message',
     [
-        ('big', {}, "profile 'big' is not known: choose one of pocket, tinyllama"),
+        ('big', {}, "profile 'big' is not known: choose one of pocket, smollm2, tinyllama"),
         ('pocket', dict(learning_rat=1), 'setting learning_rat=1'),
         ('pocket', dict(n_rows=0), 'setting n_rows=0'),
         ('pocket', dict(n_rows=0, seed=-1), 'seed=-1'),

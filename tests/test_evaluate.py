@@ -369,7 +369,8 @@ def test_a_failed_judgement_is_missing_with_its_reason():
 def test_columns_of_the_scores():
     table = score(control_replies(FEW, BANK), BuiltinJudge(BANK), BANK)
     first = ['model', 'topic', 'question', 'reply', *METRICS]
-    assert list(table.columns) == [*first, *CRITERIA, 'kind', 'seen', 'error']
+    about = ['faults', 'card', 'basis', 'confidence']
+    assert list(table.columns) == [*first, *CRITERIA, *about, 'kind', 'seen', 'error']
     assert table[list(METRICS)].apply(lambda column: column.between(0, 1)).all(axis=None)
 
 

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import tiny_models
 import torch
@@ -140,22 +142,25 @@ def test_end_of_turn_is_trained_where_padding_is_the_same_token(tiny, chat_forma
 
 
 @chat_formats
-def test_no_row_is_cut_to_a_question(tiny, chat_format):
+def test_rows_are_cut_behind_a_whole_reply(tiny, chat_format):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     set_chat_format(tokenizer, chat_format)
     messages = rows(1)[0]['messages'] * 2
-    whole = len(encode(tokenizer, messages)['input_ids'])
+    whole = encode(tokenizer, messages)
+    first_end = whole['labels'].index(2) + 1  # behind the first end-of-sequence token
     accepted = []
-    for limit in range(1, whole + 1):
+    for limit in range(1, len(whole['input_ids']) + 1):
         try:
             row = encode(tokenizer, messages, limit)
         except SocraticError as error:
             assert f'within {limit} tokens' in str(error)
             continue
         accepted.append(limit)
-        assert len(row['input_ids']) == limit and any(label != -100 for label in row['labels'])
-    shortest = len(prompt_ids(tokenizer, messages[:1])) + 1
-    assert accepted == list(range(shortest, whole + 1))
+        length = len(row['input_ids'])
+        assert length == (first_end if limit < len(whole['input_ids']) - 1 else length)
+        assert row['labels'] == whole['labels'][:length]
+        assert row['labels'].count(2) == (2 if length > first_end else 1)
+    assert accepted == list(range(first_end, len(whole['input_ids']) + 1))
 
 
 def test_rows_without_a_reply_are_counted_and_named(tiny, tmp_path):
@@ -381,6 +386,19 @@ def test_two_processes_take_the_steps_of_one(tiny, tmp_path, undisturbed):
     assert stages['finetune']['memory_gb'] > 0
 
 
+def fork_two(code, *args, folder):
+    "Run a piece of Python in two processes that know of each other as those of a launch do."
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    meeting = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, WORLD_SIZE=2)
+    forks = []
+    for rank in (0, 1):
+        env = processes.environment_without(RANK=rank, LOCAL_RANK=rank, **meeting)
+        forks.append(processes.Fork(code, *args, cwd=folder, env=env))
+    return [fork.wait() for fork in forks]
+
+
 STAGE_OF_TWO = """
 import sys
 from socratic_finetune.config import Run
@@ -400,11 +418,11 @@ def test_a_stage_of_two_processes_is_written_once(tiny, tmp_path, monkeypatch):
     data = tmp_path / 'rows.jsonl'
     lines = [json.dumps(row) for row in rows(20)]
     data.write_text('\n'.join([*lines, 'no row']) + '\n', encoding='utf8')
-    (tmp_path / 'stage.py').write_text(STAGE_OF_TWO)
-    finished = launch_two([str(tmp_path / 'stage.py'), str(data)], tmp_path)
-    for process in (0, 1):
-        assert f'process {process} 16 1' in finished.stdout
-    assert finished.stdout.count('in 2 processes') == 1
+    finished = fork_two(STAGE_OF_TWO, data, folder=tmp_path)
+    for number, process in enumerate(finished):
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert f'process {number} 16 1' in process.stdout
+    assert ''.join(process.stdout for process in finished).count('in 2 processes') == 1
     saved = json.loads((tmp_path / 'runs' / 'stage' / 'finetune.json').read_text())
     assert saved['n_rows'] == 16 and saved['quarantined'][0]['line'] == 21
     stages = json.loads((tmp_path / 'runs' / 'stage' / 'run.json').read_text())['stages']

@@ -315,6 +315,6 @@ def test_marks_outside_the_range_are_an_error_not_a_score(tmp_path):
     server = httpx2.Client(transport=httpx2.MockTransport(answer))
     client = client_for('http://127.0.0.1/v1', tmp_path, http_client=server)
     judge = OpenAIJudge('m', client)
-    with pytest.raises(SocraticError, match='guiding_question with 99'):
+    with pytest.raises(SocraticError, match='guiding_question: 99 is not from 0 to 1'):
         judge.judge(QUESTION, GOOD, reference=CARD)
     assert judge.judge_many([dict(question=QUESTION, reply=GOOD)])[0].socratic is None

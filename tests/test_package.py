@@ -12,26 +12,15 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from shipped import ROOT, shipped_files
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group('package')  # one wheel for all of them
 PACKAGE = ROOT / 'socratic_finetune'
 MODULES = sorted(path.stem for path in PACKAGE.glob('*.py') if not path.stem.startswith('_'))
 LIGHT = ('config', 'pipeline')  # a command imports these two before it knows what it will do
 HEAVY = ('torch', 'transformers', 'trl', 'peft', 'datasets', 'openai', 'matplotlib', 'pandas')
 HEAVY += ('scipy', 'papermill')
 DEVELOPMENT_TOOLS = ('nbdev', 'execnb', 'ghapi', 'jupyterlab', 'pytest')
-BUILD_OUTPUT = (
-    '.git',
-    '.venv',
-    'runs',
-    '_docs',
-    '_sphinx',
-    'build',
-    'dist',
-    '*.egg-info',
-    '__pycache__',
-    '.ipynb_checkpoints',
-)
 
 
 def run(*command, **options):
@@ -52,7 +41,10 @@ def python(code, cwd, site=None):
 def wheel(tmp_path_factory):
     "The built wheel."
     tmp = tmp_path_factory.mktemp('build')
-    shutil.copytree(ROOT, tmp / 'clone', ignore=shutil.ignore_patterns(*BUILD_OUTPUT))
+    for path in shipped_files():
+        copy = tmp / 'clone' / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
     pip = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation']
     done = run(*pip, '--wheel-dir', tmp / 'dist', tmp / 'clone')
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from socratic_finetune.config import SocraticError, data_path
+from socratic_finetune.judge import CRITERIA
 from socratic_finetune.rating_model import (
     Exchange,
     RatingModel,
@@ -31,7 +32,7 @@ def exchange(reply, question='It is 7.', context=CONTEXT, answer=ANSWER):
 
 def test_features_are_those_of_the_file(model):
     assert list(extract_features(exchange('Why?'))) == model.feature_names
-    assert len(model.feature_names) == 104
+    assert len(model.feature_names) == 55
 
 
 @pytest.mark.parametrize('reply', ['', '?', 'Hm.', 'No, it is 12.', 'x = 3 ' * 500])
@@ -75,12 +76,13 @@ def test_provenance():
 
 
 def test_phrases():
-    phrases = extract_phrases(exchange('You have 3 boxes. How many pens is 3 times 4? It is 12.'))
-    assert {'?how many pens', '.0 boxes', 'you have 0'} <= phrases['ngrams']
-    assert 'is #F' in phrases['provenance']
-    assert {'F:have 0 boxes', 'L:is 0'} <= phrases['first_and_last']
-    assert 'you _ 0' in phrases['skipgrams']
-    assert phrases['previous_turn'] == {'(none)'}
+    later = [*CONTEXT, dict(role='user', content='9'), dict(role='assistant', content='Not 5.')]
+    reply = 'You have 3 boxes. How many pens is 3 times 4? It is 12.'
+    phrases = extract_phrases(exchange(reply))
+    assert {'?how many pens', '.0 boxes', 'you have 0', 'you _ 0'} <= phrases
+    assert {'is #F', 'F:have 0 boxes', 'L:is 0'} <= phrases
+    assert not any(phrase.startswith('P:') for phrase in phrases)
+    assert 'P:not 0' in extract_phrases(exchange(reply, context=later))
     assert ngram_tokens('It = 1,200.5!') == ['it', '=', '0', '!']
 
 
@@ -117,7 +119,19 @@ def test_file_is_small_and_says_where_it_comes_from(model):
     assert {line['dimension'].replace(' ', '_') for line in model.figures['mrbench']} == set(
         model.heads
     )
-    assert all(line['AUC'] >= 0.88 for line in model.figures['mathdial'])
+    assert all(line['AUC'] >= 0.9 for line in model.figures['mathdial'])
+
+
+def test_scores_agree_with_people_more_than_their_parts_do(model):
+    by_data = {}
+    for line in model.figures['composite']:
+        by_data.setdefault(line['data'], {})[line['measure']] = line['value']
+    assert len(by_data) == 3
+    for data, figures in by_data.items():
+        assert figures['socratic'] > max(figures['question mark'], figures['length']), data
+        parts = {name: figures.get(name, 0) for name in CRITERIA}
+        if data.startswith('MRBench'):
+            assert min(figures['socratic'], figures['helpful']) > max(parts.values()), data
 
 
 def test_interactions_are_upper_triangles(model):

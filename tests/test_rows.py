@@ -43,8 +43,11 @@ def test_columns_with_a_system_prompt():
     assert row_messages(row) == [dict(role='system', content='Ask.'), QUESTION, REPLY]
 
 
-def test_messages_lose_what_is_neither_role_nor_content():
-    assert row_messages(dict(messages=[dict(QUESTION, weight=0), REPLY])) == [QUESTION, REPLY]
+def test_messages_lose_what_is_neither_role_nor_content_nor_a_weight():
+    row = dict(messages=[dict(QUESTION, weight=0), dict(REPLY, name='Ann', weight=1)])
+    assert row_messages(row) == [QUESTION, REPLY]
+    row = dict(messages=[QUESTION, dict(REPLY, weight=0), QUESTION, REPLY])
+    assert row_messages(row) == row['messages']
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,8 @@ def test_messages_lose_what_is_neither_role_nor_content():
         (dict(messages=[REPLY, QUESTION]), 'needs `messages`'),
         (dict(user=' ', assistant='What?'), 'a message without text'),
         (dict(messages=[QUESTION, dict(role='assistant', content=None)]), 'without text'),
-        (dict(messages=[dict(role='tool', content='42'), REPLY]), "unknown role 'tool'"),
-        (TOOL, 'unknown role None'),
+        (dict(messages=[dict(role='tool', content='42'), REPLY]), "of role 'tool'"),
+        (TOOL, "of role 'tool': calls of tools are not learned"),
     ],
 )
 def test_rows_that_are_refused(row, reason):
@@ -71,9 +74,8 @@ def test_files_of_mixed_formats(write, tmp_path):
     write(path, [*SAME_ROW.values(), TOOL])
     rows, quarantined = read_rows(path)
     assert [row['messages'] for row in rows] == len(SAME_ROW) * [[QUESTION, REPLY]]
-    assert [(entry['line'], entry['reason']) for entry in quarantined] == [
-        (6, 'unknown role None')
-    ]
+    assert [entry['line'] for entry in quarantined] == [len(SAME_ROW) + 1]
+    assert quarantined[0]['reason'].startswith("a message of role 'tool'")
     assert quarantined[0]['file'] == str(path)
     assert '"tool"' in quarantined[0]['text']
 
@@ -99,7 +101,7 @@ def test_what_is_no_row_is_set_aside_in_order(tmp_path):
     rows, quarantined = read_rows(path)
     assert len(rows) == 1
     assert [entry['line'] for entry in quarantined] == [1, 2, 3, 5]
-    assert quarantined[-1]['reason'] == "a message without 'content'"
+    assert quarantined[-1]['reason'] == 'a message without text'
     assert all(entry['reason'] and entry['text'] for entry in quarantined)
 
 
@@ -113,7 +115,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_rows(tmp_path / 'no.jsonl')
     with pytest.raises(SocraticError, match='is not a file'):
         read_table('no.parquet')
-    with pytest.raises(SocraticError, match='cannot be read as a dataset .*no list of rows'):
+    with pytest.raises(SocraticError, match='no usable row .*it has `rows`'):
         read_rows(write_json(tmp_path / 'object.json', dict(rows=1)))
     (tmp_path / 'torn.parquet').write_bytes(b'PAR1')
     with pytest.raises(SocraticError, match='cannot be read as a dataset'):

@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
+import processes
 import pytest
 from openai import OpenAI
 
@@ -20,7 +18,7 @@ from socratic_finetune.terminal import chat_terminal
 
 KEY = 'a-key-of-this-test'
 UNREACHABLE = 'http://127.0.0.1:9/v1'
-SOCRATIC = ['-c', 'from socratic_finetune.pipeline import main; main()']
+SOCRATIC = 'from socratic_finetune.pipeline import main; main()'
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -124,12 +122,9 @@ ERRORS = [
 
 
 def run_socratic(*args, lines=''):
-    env = {name: value for name, value in os.environ.items() if not name.startswith('OPENAI_')}
-    env |= dict(OPENAI_API_KEY=KEY, NO_PROXY='127.0.0.1')
-    command = [sys.executable, *SOCRATIC, 'chat', *args]
-    return subprocess.run(
-        command, input=lines, capture_output=True, text=True, timeout=300, env=env
-    )
+    keys = dict(OPENAI_API_KEY=KEY, NO_PROXY='127.0.0.1')
+    env = processes.environment_without('OPENAI_', **keys)
+    return processes.run(SOCRATIC, 'chat', *args, stdin=lines, env=env)
 
 
 def test_servers_on_the_command_line(server):

@@ -1,7 +1,10 @@
 "Faster layers compute what the plain ones compute."
 
 import copy
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +18,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
 from socratic_finetune import speed
 from socratic_finetune.config import SocraticError
+from socratic_finetune.speed import GrowingLayer, ThreadGovernor, growing_cache, threads_beside
 
 SHAPE = {
     'vocab_size': 100,
@@ -433,3 +438,93 @@ def test_without_8_bit_products_nothing_is_rounded(monkeypatch):
     assert speed.int8_speedup(torch.bfloat16) == 0
     with pytest.raises(SocraticError, match='quantize="none"'):
         speed.prepack_weights(tiny_llama(), 8)
+
+
+# --- a cache that grows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('capacity', [1, 40, 200])
+def test_a_growing_cache_holds_what_transformers_does(capacity):
+    torch.manual_seed(0)
+    layers = DynamicLayer(), GrowingLayer()
+    steps = [torch.randn(3, 2, n, 4) for n in (capacity, 1, 1, 70, 1)]
+    for step in steps:
+        usual, growing = [layer.update(step, step + 1) for layer in layers]
+        assert all(map(torch.equal, usual, growing))
+    for layer in layers:
+        layer.batch_select_indices(torch.tensor([0, 2]))
+        layer.update(steps[1][:2], steps[1][:2])
+        layer.crop(-5)
+        layer.update(steps[2][:2], steps[2][:2])
+        layer.batch_repeat_interleave(2)
+        layer.update(steps[1][[0, 0, 1, 1]], steps[1][[0, 0, 1, 1]])
+    assert torch.equal(layers[0].keys, layers[1].keys)
+    assert torch.equal(layers[0].values, layers[1].values)
+
+
+def test_tokens_are_appended_without_a_copy():
+    layer = GrowingLayer()
+    states = torch.randn(2, 2, 10, 4)
+    layer.update(states, states)
+    address = layer.keys.data_ptr()
+    for _ in range(20):
+        layer.update(states[:, :, :1], states[:, :, :1])
+    assert layer.keys.data_ptr() == address and layer.keys.shape[2] == 30
+
+
+def test_layers_with_a_window_are_left_to_transformers():
+    config = MistralConfig(num_hidden_layers=2, sliding_window=4)
+    assert not any(isinstance(layer, GrowingLayer) for layer in growing_cache(config).layers)
+
+
+# --- threads beside busy programs --------------------------------------------------------------
+
+
+@pytest.fixture
+def governor(monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield ThreadGovernor(interval=0.0)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    'busy, most, cores, expected',
+    [(0, 2, 2, 2), (0.6, 2, 2, 1), (5, 2, 2, 1), (1, 4, 4, 3), (1, 2, 8, 2), (-0.2, 2, 2, 2)],
+)
+def test_each_thread_has_a_core(busy, most, cores, expected):
+    assert threads_beside(busy, most, cores) == expected
+
+
+def test_threads_follow_the_load(governor, monkeypatch):
+    monkeypatch.setattr('psutil.cpu_count', lambda: 4)
+    load = iter([(1.0, 3.0), (2.0, 6.0), (3.0, 6.0)])  # three busy cores, three, none
+    governor.last = (0.0, 0.0)
+    monkeypatch.setattr(governor, 'read', lambda: next(load))
+    assert [governor.adjust() for _ in range(3)] == [1, 1, 4]
+    assert torch.get_num_threads() == 4
+
+
+def test_the_load_is_that_of_other_programs(governor):
+    start, before = governor.read()
+    subprocess.run([sys.executable, '-c', 'x = 0\nwhile x < 4_000_000: x += 1'], check=True)
+    end, after = governor.read()
+    assert 0 < after - before <= (end - start) * psutil.cpu_count() + 0.1
+
+
+def test_number_of_threads_that_is_asked_for_is_kept(monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    governor = ThreadGovernor(interval=0.0)
+    governor.last = (0.0, -1e9)
+    before = torch.get_num_threads()
+    assert governor.adjust() == before == torch.get_num_threads()
+
+
+def test_a_second_governor_is_not_held_to_the_first_ones_low(governor, monkeypatch):
+    monkeypatch.setattr('psutil.cpu_count', lambda: 4)
+    governor.last = (0.0, 0.0)
+    monkeypatch.setattr(governor, 'read', lambda: (1.0, 3.0))  # three busy cores
+    with governor:
+        assert governor.adjust() == 1
+    assert ThreadGovernor().most == torch.get_num_threads() == 4

@@ -98,6 +98,21 @@ def test_replies_are_the_same_one_by_one_together_and_without_fast_kernels(pocke
     assert pocket_tutor.reply_batch(questions[:1]) == [pocket_tutor.reply(questions[0])]
 
 
+def test_finished_replies_leave_the_batch(pocket_tutor, monkeypatch):
+    sizes = []
+    next_tokens = tutor._Batch.next_tokens
+
+    def record(batch):
+        sizes.append(len(batch.rows))
+        return next_tokens(batch)
+
+    questions = ['Explain osmosis.', 'Hi', 'Why is the sky blue?', 'What is irony?'] * 3
+    expected = [pocket_tutor.reply(q, max_new_tokens=96) for q in questions[:4]]
+    monkeypatch.setattr(tutor._Batch, 'next_tokens', record)
+    assert pocket_tutor.reply_batch(questions, max_new_tokens=96) == expected * 3
+    assert sizes[0] == 12 and sizes[-1] < 12 and sizes == sorted(sizes, reverse=True)
+
+
 def test_batches_are_of_one_size_and_reported(pocket_tutor):
     finished = []
     pocket_tutor.reply_batch(['Why?'] * 9, progress=finished.append, batch_size=4)

@@ -1,6 +1,7 @@
 "Small models, rows and settings for tests: a model like TinyLlama-Chat, and others of its size."
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ ZEPHYR = (
 )
 
 
+@cache
 def byte_pairs():
     "Vocabulary and merges of a small BPE model, trained on bundled rows."
     draft = Tokenizer(models.BPE())
