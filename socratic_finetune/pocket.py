@@ -692,22 +692,23 @@ def make_batches(
 def orthogonalize(
     matrices: torch.Tensor,  # (matrices, rows, columns)
     steps: int = 5,  # five are enough for training
-) -> torch.Tensor:  # same shape; singular values near 1
+    dtype: torch.dtype = torch.float32,  # to compute in
+) -> torch.Tensor:  # same shape, float32; singular values near 1
     """Roughly the nearest matrices with orthonormal rows or columns, by Newton-Schulz steps.
 
     Source: Jordan et al., Muon, 2024."""
     is_tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if is_tall else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT  # (matrices, rows, rows)
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if is_tall else x
+    return (x.mT if is_tall else x).float()
 
 # %% ../nbs/90_pocket.ipynb #9000d02d
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose updates are orthogonalized; torch's own Muon computes in bfloat16,
-    which many processors only emulate.
+    """Nesterov momentum whose updates are orthogonalized; torch's own Muon always computes in
+    bfloat16, which many processors only emulate.
 
     Source: Jordan et al., Muon, 2024; Liu et al., Muon is scalable for LLM training, 2025."""
 
@@ -717,7 +718,9 @@ class Muon(torch.optim.Optimizer):
         lr: float,  # scaled so that updates are as large as AdamW's
         momentum: float = 0.95,
         weight_decay: float = 0.05,
+        dtype: torch.dtype = torch.float32,  # that updates are orthogonalized in
     ):
+        self.dtype = dtype
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -729,12 +732,17 @@ class Muon(torch.optim.Optimizer):
                 velocity = self.state[p].setdefault('velocity', torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group['momentum'])
                 gradients.append(p.grad.lerp(velocity, group['momentum']))
-            updates = orthogonalize(torch.stack(gradients))
+            updates = orthogonalize(torch.stack(gradients), dtype=self.dtype)
             for p, update in zip(group['params'], updates, strict=True):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(update, alpha=-group['lr'] * 0.2 * max(p.shape) ** 0.5)
 
 # %% ../nbs/90_pocket.ipynb #9000d031
+def _fast_dtype():
+    "bfloat16 where this CPU is fast in it, else float32."
+    return choose_device(settings_for(device='cpu', dtype='auto'))[1]
+
+
 def make_optimizers(
     model: LlamaForCausalLM,
     lr: float,  # Muon's learning rate
@@ -747,7 +755,8 @@ def make_optimizers(
             by_shape.setdefault(p.shape, []).append(p)
     matrix_ids = {id(p) for matrices in by_shape.values() for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
-    muon = Muon([dict(params=matrices) for matrices in by_shape.values()], lr=lr)
+    groups = [dict(params=matrices) for matrices in by_shape.values()]
+    muon = Muon(groups, lr=lr, dtype=_fast_dtype())
     adamw = torch.optim.AdamW(
         others, lr=embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -774,9 +783,7 @@ def _schedulers(optimizers, n_steps, warmup_steps, decay):
 
 
 def _autocast():
-    "bfloat16 where this CPU is fast in it, else float32."
-    _, dtype, _ = choose_device(settings_for(device='cpu', dtype='auto'))
-    return torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16)
+    return torch.autocast('cpu', torch.bfloat16, enabled=_fast_dtype() is torch.bfloat16)
 
 
 def _format_progress(entry, n_steps):
@@ -840,7 +847,7 @@ def data_digest() -> str:  # 16 hexadecimal digits
 
 # %% ../nbs/90_pocket.ipynb #9000d03a
 PHASES = (
-    dict(name='read', passes=20, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
+    dict(name='read', passes=16, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
     dict(name='read again', passes=4, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=1),
 )
 
