@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HOMOGLYPHS', 'INVISIBLE', 'PICTURES', 'MUSICAL_SIGNS', 'INLINE_TAG', 'OTHER_MARKUP', 'SPACED_LETTERS',
            'STOP_WORD_LIST', 'STOP_WORDS', 'FUNCTION_WORD_LIST', 'FUNCTION_WORDS', 'CHECK_IN', 'LEADING_QUESTION',
-           'OPEN_QUESTION', 'ABOUT_PROCESS', 'TASK', 'WARM', 'INSULT', 'EQUATION', 'NUMBER', 'PROMPT_INJECTION',
-           'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp', 'function_word_ratio',
-           'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text', 'topic_stems',
-           'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage', 'clarity',
-           'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'same_question', 'repeated_questions',
-           'confirms', 'english_ratio']
+           'OPEN_QUESTION', 'ABOUT_PROCESS', 'TASK', 'WARM', 'INSULT', 'EQUATION', 'PERCENTAGE', 'NUMBER',
+           'PROMPT_INJECTION', 'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp',
+           'function_word_ratio', 'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text',
+           'topic_stems', 'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage',
+           'clarity', 'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'same_question',
+           'repeated_questions', 'confirms', 'english_ratio']
 
 # %% ../nbs/79_signals.ipynb #91b24564
 import html
@@ -525,6 +525,11 @@ EQUATION = re.compile(
     r'\s*=\s*\$?(\d+(?:[.,]\d+)*)(?![\w%/*×÷+-])'
 )
 
+PERCENTAGE = re.compile(
+    r'(?<![\w.,/])(\d+(?:\.\d+)?) ?% of \$?(\d+(?:[.,]\d+)*) (?:is|equals|=) '
+    r'\$?(\d+(?:[.,]\d+)*)(?![\w%/*×÷+-])'
+)
+
 
 def _is_false(left: str, operator: str, right: str, result: str) -> bool:
     try:
@@ -540,8 +545,11 @@ def _is_false(left: str, operator: str, right: str, result: str) -> bool:
 def false_sums(
     text: str,  # normalized
 ) -> int:  # how many
-    "Counts plain equations that are wrong, such as `3 + 4 = 8`."
-    return sum(_is_false(*parts) for parts in EQUATION.findall(text))
+    "Counts plain equations that are wrong, such as `3 + 4 = 8` and `25% of 60 is 25`."
+    found = EQUATION.findall(text)
+    for percent, whole, part in PERCENTAGE.findall(text):
+        found.append((str(float(percent) / 100), '*', whole, part))
+    return sum(_is_false(*parts) for parts in found)
 
 # %% ../nbs/79_signals.ipynb #4c17d83e
 NUMBER = re.compile(r'\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+(?:/\d+)?')
