@@ -285,7 +285,6 @@ def _withholds_from_who_is_right(row, topic, bank, rng):
     answer = topic.direct_answer(row['question'])
     return _in_lesson(row, topic, f'So {answer}', topic.guiding[1])
 
-
 # %% ../nbs/10_evaluate.ipynb #3290febf
 CONTROLS = {
     'constant bot': _constant,

@@ -61,7 +61,6 @@ from socratic_finetune.signals import (
     normalize_text,
     numbers_in,
     question_quality,
-    repeated_questions,
     stems,
     task_quality,
     topic_stems,
@@ -73,6 +72,7 @@ from socratic_finetune.topics import (
     contains_phrase,
     load_topics,
     questions_in,
+    repeated_questions,
     sentences,
     words,
 )
@@ -136,8 +136,7 @@ def composite_scores(
         min(score for score in helpful if score is not None),
     )
 
-
-# %% ../nbs/09_judge.ipynb #50e54562
+# %% ../nbs/09_judge.ipynb #6b0c51e2
 NOTHING_TO_DO = 0.3  # below it neither question nor task counts as one
 
 
@@ -149,7 +148,7 @@ def leaves_nothing_to_do(
     known = [value for value in known if value is not None]
     return bool(known) and max(known) < NOTHING_TO_DO
 
-
+# %% ../nbs/09_judge.ipynb #50e54562
 class Judgement(BaseModel):
     "What a judge says of one reply; where it could not judge, `error` says why."
 

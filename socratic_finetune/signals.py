@@ -9,8 +9,7 @@ __all__ = ['HOMOGLYPHS', 'INVISIBLE', 'PICTURES', 'MUSICAL_SIGNS', 'INLINE_TAG',
            'PROMPT_INJECTION', 'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp',
            'function_word_ratio', 'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text',
            'topic_stems', 'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage',
-           'clarity', 'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'same_question',
-           'repeated_questions', 'confirms', 'english_ratio']
+           'clarity', 'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'confirms', 'english_ratio']
 
 # %% ../nbs/79_signals.ipynb #91b24564
 import html
@@ -602,32 +601,12 @@ def is_prompt_injection(
     "Whether a reply addresses a grader instead of a student."
     return bool(PROMPT_INJECTION.search(text))
 
-# %% ../nbs/79_signals.ipynb #a3bb4da4
-def same_question(
-    question: str,
-    other: str,
-) -> bool:
-    "Whether two questions have at least three in four of their content words in common."
-    both = stems(question) | stems(other)
-    if not both:
-        return words(question) == words(other)
-    return len(stems(question) & stems(other)) / len(both) >= 0.75
-
-
-def repeated_questions(
-    reply: str,  # normalized
-    earlier: list[str],  # the tutor's turns before it
-) -> list[str]:
-    "The questions of a reply that the tutor has asked before."
-    asked = [question for turn in earlier for question in questions_in(turn)]
-    return [q for q in questions_in(reply) if any(same_question(q, a) for a in asked)]
-
 # %% ../nbs/79_signals.ipynb #38ee9963
 CONFIRMS = re.compile(
-    r'^\W*(yes|yep|exactly|precisely|correct|right|absolutely|indeed|perfect|spot on)\b|'
+    r'^\W*(quite )?(yes|yep|exactly|precisely|correct|right|absolutely|indeed|perfect|spot on)\b|'
     r"\b(that is|that's|this is|you are|you're|it is|it's|is|are) (quite |all |exactly |"
     r'absolutely |entirely |also |indeed )?(right|correct|perfect|spot on|it)'
-    r'\W*($|[,.!:;]|and|because|\d)|'
+    r'\W*($|[,.!:;]|and|because|about (that|this|it)\b|\d)|'
     r"\b(well done|spot on|right you are|you('ve| have)? (got|found|figured|solved|nailed) "
     r'(it|this)( right)?|you have it|(found|got|have) the (right|correct) answer)\b',
     re.I,
