@@ -526,7 +526,7 @@ EQUATION = re.compile(
 
 PERCENTAGE = re.compile(
     r'(?<![\w.,/])(\d+(?:\.\d+)?) ?% of \$?(\d+(?:[.,]\d+)*) (?:is|equals|=) '
-    r'\$?(\d+(?:[.,]\d+)*)(?![\w%/*×÷+-])'
+    r'\$?(\d+(?:[.,]\d+)*)(?![\w%/*×÷+-]| (?:times|plus|minus|more|less)\b)'
 )
 
 
