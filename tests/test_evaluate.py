@@ -292,7 +292,7 @@ def test_the_measures_put_the_controls_in_their_places():
 def test_the_judge_puts_the_controls_in_their_places():
     rows = [row for row in evaluation_questions(BANK) if row['topic'] in BANK.by_name][::3]
     table = score(control_replies(rows, BANK), BuiltinJudge(BANK), BANK)
-    means = table.groupby('model')[list(METRICS)].mean()
+    means = table.groupby('model')[list(METRICS)].mean().round(3)
     socratic, helpful = means.socratic, means.helpful
     assert socratic['constant bot'] <= 0.5 and helpful['constant bot'] <= 0.25
     assert socratic['answer in a question'] <= 0.3
