@@ -269,6 +269,22 @@ def _off_topic(row, topic, bank, rng):
     other = rng.choice([t for t in bank if t.subject != topic.subject])
     return _guidance(row['question'], None, other, rng)
 
+# %% ../nbs/10_evaluate.ipynb #7c1e90ab
+def _in_lesson(row, topic, says, reply):
+    "A reply to what a student says after the card's first guiding question."
+    opening = [dict(role='user', content=row['question'])]
+    opening.append(dict(role='assistant', content=topic.guiding[0]))
+    return dict(question=says, context=opening, reply=reply)
+
+
+def _repeats_itself(row, topic, bank, rng):
+    return _in_lesson(row, topic, 'I do not know.', f'No problem. {topic.guiding[0]}')
+
+
+def _withholds_from_who_is_right(row, topic, bank, rng):
+    answer = topic.direct_answer(row['question'])
+    return _in_lesson(row, topic, f'So {answer}', topic.guiding[1])
+
 # %% ../nbs/10_evaluate.ipynb #3290febf
 CONTROLS = {
     'constant bot': _constant,
@@ -276,6 +292,8 @@ CONTROLS = {
     'off topic': _off_topic,
     'direct answer': _direct_answer,
     'best guidance': _best_guidance,
+    'repeats itself': _repeats_itself,
+    'withholds from who is right': _withholds_from_who_is_right,
 }
 
 
@@ -283,15 +301,16 @@ def control_replies(
     rows: list[dict],  # from `evaluation_questions`
     bank: TopicBank,
     seed: int = 0,  # chooses among a card's wordings
-) -> list[dict]:  # with `model` and `reply`
+) -> list[dict]:  # with `model` and `reply`, some with `context`
     "The controls' replies to the questions that have a card."
     replies = []
     for name, make_reply in CONTROLS.items():
         for row in rows:
             if row['topic'] in bank.by_name:
                 rng = random.Random(f'{seed} {name} {row["question"]}')
-                reply = make_reply(row, bank[row['topic']], bank, rng)
-                replies.append(dict(model=name, **row, reply=reply))
+                made = make_reply(row, bank[row['topic']], bank, rng)
+                changes = made if isinstance(made, dict) else dict(reply=made)
+                replies.append(dict(model=name, **row) | changes)
     return replies
 
 # %% ../nbs/10_evaluate.ipynb #c318f1d0

@@ -24,7 +24,7 @@ from .statistics import METRICS, arm_means, topic_comparison
 COLOURS = ('#D55E00', '#E69F00', '#0072B2', '#009E73', '#CC79A7', '#56B4E9', '#000000')
 HATCHES = ('', '//', '..', 'xx', '\\\\', '--', 'oo')
 ARM_MARKERS = 'osD^vP*'
-CONTROL_MARKERS = 'v<>PX'
+CONTROL_MARKERS = 'v<>PXpd'
 
 
 def _style(ax, title, grid):
@@ -158,7 +158,7 @@ def _arm_style(i):
 
 
 def _control_style(i):
-    marker = CONTROL_MARKERS[i % 5]
+    marker = CONTROL_MARKERS[i % 7]
     return dict(fmt=marker, ms=9, color='#222222', mfc='none', mew=1.4, zorder=3)
 
 # %% ../nbs/89_report.ipynb #e6765cdd
@@ -318,7 +318,7 @@ def _turn_lines(ax, table, column, controls):
         rows = table[table.model == model].dropna(subset=column)
         style = dict(color=COLOURS[i % 7], marker=ARM_MARKERS[i % 7], markersize=5)
         if model in controls:
-            marker = CONTROL_MARKERS[controls.index(model) % 5]
+            marker = CONTROL_MARKERS[controls.index(model) % 7]
             style = dict(color='#777777', marker=marker, mfc='none', linestyle='--', markersize=5)
         ax.plot(rows.turn, rows[column], label=model, linewidth=1.5, **style)
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['HOMOGLYPHS', 'INVISIBLE', 'PICTURES', 'MUSICAL_SIGNS', 'INLINE_TAG', 'OTHER_MARKUP', 'SPACED_LETTERS',
            'STOP_WORD_LIST', 'STOP_WORDS', 'FUNCTION_WORD_LIST', 'FUNCTION_WORDS', 'CHECK_IN', 'LEADING_QUESTION',
-           'OPEN_QUESTION', 'ABOUT_PROCESS', 'TASK', 'WARM', 'INSULT', 'EQUATION', 'NUMBER', 'PROMPT_INJECTION',
-           'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp', 'function_word_ratio',
-           'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text', 'topic_stems',
-           'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage', 'clarity',
-           'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'same_question', 'repeated_questions',
-           'confirms', 'english_ratio']
+           'OPEN_QUESTION', 'ABOUT_PROCESS', 'TASK', 'WARM', 'INSULT', 'EQUATION', 'PERCENTAGE', 'NUMBER',
+           'PROMPT_INJECTION', 'CONFIRMS', 'NOT_CONFIRMING', 'normalize_text', 'stems', 'linear_ramp',
+           'function_word_ratio', 'leading_claim', 'question_quality', 'task_quality', 'best_question', 'topic_text',
+           'topic_stems', 'name_stems', 'TopicMatcher', 'novelty', 'guidance_stems', 'answer_stems', 'answer_leakage',
+           'clarity', 'warmth', 'false_sums', 'numbers_in', 'is_prompt_injection', 'confirms', 'english_ratio']
 
 # %% ../nbs/79_signals.ipynb #91b24564
 import html
@@ -525,6 +524,11 @@ EQUATION = re.compile(
     r'\s*=\s*\$?(\d+(?:[.,]\d+)*)(?![\w%/*×÷+-])'
 )
 
+PERCENTAGE = re.compile(
+    r'(?<![\w.,/])(\d+(?:\.\d+)?) ?% of \$?(\d+(?:[.,]\d+)*) (?:is|equals|=) '
+    r'\$?(\d+(?:[.,]\d+)*)(?![\w%/*×÷+-]| (?:times|plus|minus|more|less)\b)'
+)
+
 
 def _is_false(left: str, operator: str, right: str, result: str) -> bool:
     try:
@@ -540,8 +544,11 @@ def _is_false(left: str, operator: str, right: str, result: str) -> bool:
 def false_sums(
     text: str,  # normalized
 ) -> int:  # how many
-    "Counts plain equations that are wrong, such as `3 + 4 = 8`."
-    return sum(_is_false(*parts) for parts in EQUATION.findall(text))
+    "Counts plain equations that are wrong, such as `3 + 4 = 8` and `25% of 60 is 25`."
+    found = EQUATION.findall(text)
+    for percent, whole, part in PERCENTAGE.findall(text):
+        found.append((str(float(percent) / 100), '*', whole, part))
+    return sum(_is_false(*parts) for parts in found)
 
 # %% ../nbs/79_signals.ipynb #4c17d83e
 NUMBER = re.compile(r'\d+(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+(?:/\d+)?')
@@ -594,32 +601,12 @@ def is_prompt_injection(
     "Whether a reply addresses a grader instead of a student."
     return bool(PROMPT_INJECTION.search(text))
 
-# %% ../nbs/79_signals.ipynb #a3bb4da4
-def same_question(
-    question: str,
-    other: str,
-) -> bool:
-    "Whether two questions have at least three in four of their content words in common."
-    both = stems(question) | stems(other)
-    if not both:
-        return words(question) == words(other)
-    return len(stems(question) & stems(other)) / len(both) >= 0.75
-
-
-def repeated_questions(
-    reply: str,  # normalized
-    earlier: list[str],  # the tutor's turns before it
-) -> list[str]:
-    "The questions of a reply that the tutor has asked before."
-    asked = [question for turn in earlier for question in questions_in(turn)]
-    return [q for q in questions_in(reply) if any(same_question(q, a) for a in asked)]
-
 # %% ../nbs/79_signals.ipynb #38ee9963
 CONFIRMS = re.compile(
-    r'^\W*(yes|yep|exactly|precisely|correct|right|absolutely|indeed|perfect|spot on)\b|'
+    r'^\W*(quite )?(yes|yep|exactly|precisely|correct|right|absolutely|indeed|perfect|spot on)\b|'
     r"\b(that is|that's|this is|you are|you're|it is|it's|is|are) (quite |all |exactly |"
     r'absolutely |entirely |also |indeed )?(right|correct|perfect|spot on|it)'
-    r'\W*($|[,.!:;]|and|because|\d)|'
+    r'\W*($|[,.!:;]|and|because|about (that|this|it)\b|\d)|'
     r"\b(well done|spot on|right you are|you('ve| have)? (got|found|figured|solved|nailed) "
     r'(it|this)( right)?|you have it|(found|got|have) the (right|correct) answer)\b',
     re.I,

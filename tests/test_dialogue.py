@@ -21,7 +21,6 @@ from socratic_finetune.dialogue import (
     Reader,
     Script,
     Turn,
-    affirms,
     analyse_dialogues,
     control_speaker,
     dialogue_goals,
@@ -34,9 +33,7 @@ from socratic_finetune.dialogue import (
     model_speaker,
     next_message,
     plan_dialogues,
-    question_similarity,
     read_reply,
-    repeats_question,
     reply_table,
     run_dialogue,
     short_table,
@@ -48,8 +45,9 @@ from socratic_finetune.dialogue import (
     value_table,
     wordings,
 )
+from socratic_finetune.signals import confirms
 from socratic_finetune.teacher import phrases
-from socratic_finetune.topics import load_topics
+from socratic_finetune.topics import load_topics, question_similarity
 
 BANK = load_topics()
 READER = Reader(BANK)
@@ -193,25 +191,16 @@ def test_an_error_of_the_model_that_plays_the_student_is_raised():
     ],
 )
 def test_what_says_that_somebody_is_right(reply, expected):
-    assert affirms(reply) is expected
+    assert confirms(reply) is expected
 
 
 def test_the_teacher_s_own_openers_are_read_as_meant():
     openers = phrases()['openers']
-    confirmed = [affirms(text.format(topic='tides')) for text in openers['confirm']]
+    confirmed = [confirms(text.format(topic='tides')) for text in openers['confirm']]
     assert sum(confirmed) >= 0.9 * len(confirmed)
     for move in ('correct', 'unstick', 'test_guess'):
-        agreed = [text for text in openers[move] if affirms(text.format(topic='tides'))]
+        agreed = [text for text in openers[move] if confirms(text.format(topic='tides'))]
         assert len(agreed) <= 0.05 * len(openers[move]), agreed
-
-
-def test_the_same_question_again():
-    asked = 'What would become of a dirty snowball under a strong lamp?'
-    assert repeats_question(f'Once more. {asked}', ['Hello.', asked])
-    assert repeats_question('And what would become of a dirty snowball under a lamp?', [asked])
-    assert not repeats_question('What drives the tail of a comet away?', [asked])
-    assert not repeats_question('A dirty snowball under a strong lamp melts.', [asked])
-    assert question_similarity('', '') == 0
 
 
 @pytest.mark.parametrize(

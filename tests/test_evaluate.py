@@ -289,6 +289,19 @@ def test_the_measures_put_the_controls_in_their_places():
     assert measured.loc['words (median)', 'constant bot'] == 4
 
 
+def test_the_judge_puts_the_controls_in_their_places():
+    rows = [row for row in evaluation_questions(BANK) if row['topic'] in BANK.by_name][::3]
+    table = score(control_replies(rows, BANK), BuiltinJudge(BANK), BANK)
+    means = table.groupby('model')[list(METRICS)].mean().round(3)
+    socratic, helpful = means.socratic, means.helpful
+    assert socratic['constant bot'] <= 0.5 and helpful['constant bot'] <= 0.25
+    assert socratic['answer in a question'] <= 0.3
+    assert socratic['direct answer'] <= 0.1 and helpful['direct answer'] >= 0.6
+    assert means.loc['best guidance'].min() >= 0.8
+    for name in ('off topic', 'repeats itself', 'withholds from who is right'):
+        assert means.loc[name].max() <= 0.3, name
+
+
 # --- counts
 
 
@@ -358,12 +371,12 @@ class Tired:
 def test_a_failed_judgement_is_missing_with_its_reason():
     table = score(control_replies(SEED20[:5], BANK), Tired(), BANK)
     failed = table[table.error.notna()]
-    assert len(table) == 25
-    assert list(failed.index) == [0, 5, 10, 15, 20]
+    assert len(table) == 5 * len(CONTROLS)
+    assert list(failed.index) == list(range(0, len(table), 5))
     assert failed[[*METRICS, *CRITERIA]].isna().all(axis=None)
-    assert table.socratic.notna().sum() == 20
+    assert table.socratic.notna().sum() == 4 * len(CONTROLS)
     assert not (table[list(METRICS)] == 0.5).any(axis=None)
-    assert arm_means(table).missing.tolist() == 10 * [1]
+    assert arm_means(table).missing.tolist() == 2 * len(CONTROLS) * [1]
 
 
 def test_columns_of_the_scores():

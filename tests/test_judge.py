@@ -73,6 +73,23 @@ def test_what_is_not_known_counts_nowhere(name):
     assert composite_scores(halves | {name: None}) == composite_scores(halves)
 
 
+@pytest.mark.parametrize(
+    ('guiding_question', 'actionable', 'has_fault'),
+    [(0.0, 0.0, True), (0.2, 0.29, True), (0.3, 0.0, False), (None, None, False)],
+)
+def test_a_reply_that_leaves_nothing_to_do_is_a_hint_at_most(
+    guiding_question, actionable, has_fault
+):
+    about = dict(guiding_question=guiding_question, actionable=actionable)
+    judgement = Judgement.from_criteria(FULL | about)
+    assert judgement.faults == ['leaves nothing to do'] * has_fault
+    assert (judgement.socratic <= 0.2) is has_fault and judgement.helpful > 0.6
+
+
+def test_an_empty_reply_has_no_second_fault():
+    assert Judgement.from_criteria(dict.fromkeys(CRITERIA, 0), ['empty']).faults == ['empty']
+
+
 def test_criteria_are_cut_to_their_range():
     judgement = Judgement.from_criteria(FULL | {'clear': 7, 'correct': -1})
     assert judgement.criteria['clear'] == 1 and judgement.criteria['correct'] == 0

@@ -12,7 +12,6 @@ EXAMPLES, _ = read_jsonl(data_path('judge_examples.jsonl'))
 KNOWN_MISSES = {  # what an example expects of the replies to a question, and does not get
     ('I think the sun goes round the earth once a day.', 'range'),
     ('I think the sun goes round the earth once a day.', 'first is better'),
-    ('25% of 60 is 25.', 'range'),
     ("Huh? I'm stuck.", 'first is better'),
 }
 

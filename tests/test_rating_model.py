@@ -126,12 +126,25 @@ def test_scores_agree_with_people_more_than_their_parts_do(model):
     by_data = {}
     for line in model.figures['composite']:
         by_data.setdefault(line['data'], {})[line['measure']] = line['value']
-    assert len(by_data) == 3
+    assert len(by_data) == 6
     for data, figures in by_data.items():
-        assert figures['socratic'] > max(figures['question mark'], figures['length']), data
-        parts = {name: figures.get(name, 0) for name in CRITERIA}
+        parts = [figures.get(name, 0) for name in CRITERIA]
+        baselines = [figures[name] for name in ('question mark', 'length', 'always the same')]
         if data.startswith('MRBench'):
-            assert min(figures['socratic'], figures['helpful']) > max(parts.values()), data
+            assert min(figures['socratic'], figures['helpful']) > max(parts), data
+        if data.startswith(('MRBench', 'Bridge')):
+            assert figures['socratic'] > max(*parts, *baselines), data
+
+
+def test_where_a_part_is_ahead_it_is_not_far_ahead(model):
+    margins = [line for line in model.figures['margins'] if line['measure'] == 'socratic']
+    assert len(margins) == 6
+    assert all(line['difference'] >= -0.03 and line['high'] >= 0 for line in margins)
+
+
+def test_forms_were_tried_without_each_collection(model):
+    chosen = model.figures['chosen_without']
+    assert {line['left out'] for line in chosen} == {'MRBench', 'Bridge', 'MathDial', 'CIMA'}
 
 
 def test_interactions_are_upper_triangles(model):

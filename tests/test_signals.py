@@ -168,6 +168,9 @@ def test_clarity_and_warmth():
         ('$5 * 3 = $16', 1),
         ('x + 3 = 8', 0),
         ('8 ÷ 2 = 3', 1),
+        ('25% of 60 is 25.', 1),
+        ('25% of 60 is 15, and 10% of $80 = $8', 0),
+        ('20% of 50 is 5 times 2', 0),
     ],
 )
 def test_false_sums(text, wrong):

@@ -11,8 +11,10 @@ from socratic_finetune.topics import (
     WordIndex,
     contains_phrase,
     load_topics,
+    question_similarity,
     questions_in,
     read_split,
+    repeated_questions,
     reserved_questions,
     sentences,
     words,
@@ -244,3 +246,12 @@ def test_files_that_hold_no_cards(tmp_path):
     (tmp_path / 'sea.yaml').write_text('cards: []')
     with pytest.raises(SocraticError, match='must have a `subject` and a list `cards`'):
         load_topics(tmp_path)
+
+
+def test_the_same_question_again():
+    asked = 'What would become of a dirty snowball under a strong lamp?'
+    assert repeated_questions(f'Once more. {asked}', ['Hello.', asked])
+    assert repeated_questions('And what would become of a dirty snowball under a lamp?', [asked])
+    assert not repeated_questions('What drives the tail of a comet away?', [asked])
+    assert not repeated_questions('A dirty snowball under a strong lamp melts.', [asked])
+    assert question_similarity('', '') == 0
