@@ -32,8 +32,8 @@ from socratic_finetune.config import (
 )
 from .prompting import prompt_ids
 from .replies import strip_thoughts, valid_unicode
-from .teacher import content_stems, is_repeated
-from .topics import Topic, questions_in
+from .teacher import content_stems
+from .topics import Topic, repeated_questions
 
 # %% ../nbs/85_conversation.ipynb #5f81eb80
 @dataclass
@@ -432,8 +432,7 @@ def asks_again(
 ) -> bool:
     "Whether an answer asks what its model has asked before in this conversation."
     replies = [m['content'] for m in answer.prompt if m['role'] == 'assistant']
-    asked = [question for reply in replies for question in questions_in(reply)]
-    return any(is_repeated(question, asked) for question in questions_in(answer.text))
+    return bool(repeated_questions(answer.text, replies))
 
 
 SAID = 0.6  # share of a text's content words from which somebody has said it
@@ -445,8 +444,8 @@ def lesson_track(
 ) -> str:  # such as `●●○○ step 2 of 4, 1 idea found`
     "How far along the card's guiding questions the tutor is, and what the student has found."
     replies = [m['content'] for m in answer.prompt if m['role'] == 'assistant']
-    asked = [question for text in [*replies, answer.text] for question in questions_in(text)]
-    steps = [is_repeated(questions_in(question)[-1], asked) for question in topic.guiding]
+    asked = [*replies, answer.text]
+    steps = [bool(repeated_questions(question, asked)) for question in topic.guiding]
     reached = max([number for number, done in enumerate(steps, 1) if done], default=0)
     messages = [content_stems(m['content']) for m in answer.prompt if m['role'] == 'user']
 

@@ -46,7 +46,6 @@ from socratic_finetune.teacher import (
     PRESSURES,
     Teacher,
     Turn,
-    is_repeated,
     make_teacher,
     phrases,
     teach,
@@ -56,7 +55,7 @@ from socratic_finetune.topics import (
     Topic,
     TopicBank,
     load_topics,
-    questions_in,
+    repeated_questions,
     words,
 )
 
@@ -800,13 +799,7 @@ def _told(topic, messages):
 def _asks_twice(messages):
     "Whether the tutor of a lesson asks a question again."
     replies = [m['content'] for m in messages if m['role'] == 'assistant']
-    asked = []
-    for reply in replies:
-        questions = questions_in(reply)
-        if any(is_repeated(question, asked) for question in questions):
-            return True
-        asked += questions
-    return False
+    return any(repeated_questions(reply, replies[:i]) for i, reply in enumerate(replies))
 
 # %% ../nbs/04_generate.ipynb #00d4001b
 def dataset_report(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MOVES', 'MOVE_FOR_KIND', 'PRESSURES', 'STOP_WORDS', 'TOPIC_IN_OPENER', 'FIRST_PERSON', 'MAX_IDEA', 'FOOTHOLDS',
            'SCENES', 'UPTAKE', 'NO_OPENER', 'LEADS', 'DRAFTS_OF_MOVE', 'CHECKS', 'VAGUE_QUESTION', 'DISCOURAGING',
-           'PRAISE', 'DENIAL', 'SAME_WORDS', 'GIVING_IN', 'REWRITE', 'ACTS', 'Turn', 'Teacher', 'content_stems',
-           'overlap', 'phrases', 'openers_for', 'opener', 'first_step', 'new_question', 'smaller_steps', 'next_step',
-           'lesson_text', 'compose', 'draft_answer', 'draft_answer_then_ask', 'draft_lecture', 'draft_vague',
-           'draft_cold', 'draft_pile', 'draft_agree', 'draft_flat', 'draft_repeat', 'draft_no_scene', 'draft_give_in',
-           'draft_cling', 'drafts_for', 'check', 'check_asks_first', 'check_no_reveal', 'check_concise',
-           'check_encouraging', 'check_builds_on', 'check_one_step', 'check_accurate', 'check_on_topic',
-           'check_confirms', 'is_repeated', 'check_asks_anew', 'check_smaller_step', 'check_holds', 'check_closes',
-           'BuiltinTeacher', 'teach', 'Reply', 'Critique', 'OpenAITeacher', 'make_teacher']
+           'PRAISE', 'DENIAL', 'GIVING_IN', 'REWRITE', 'ACTS', 'Turn', 'Teacher', 'content_stems', 'overlap', 'phrases',
+           'openers_for', 'opener', 'first_step', 'new_question', 'smaller_steps', 'next_step', 'lesson_text',
+           'compose', 'draft_answer', 'draft_answer_then_ask', 'draft_lecture', 'draft_vague', 'draft_cold',
+           'draft_pile', 'draft_agree', 'draft_flat', 'draft_repeat', 'draft_no_scene', 'draft_give_in', 'draft_cling',
+           'drafts_for', 'check', 'check_asks_first', 'check_no_reveal', 'check_concise', 'check_encouraging',
+           'check_builds_on', 'check_one_step', 'check_accurate', 'check_on_topic', 'check_confirms', 'check_asks_anew',
+           'check_smaller_step', 'check_holds', 'check_closes', 'BuiltinTeacher', 'teach', 'Reply', 'Critique',
+           'OpenAITeacher', 'make_teacher']
 
 # %% ../nbs/03_teacher.ipynb #ffd031d1
 import random
@@ -43,6 +43,7 @@ from socratic_finetune.topics import (
     contains_phrase,
     load_topics,
     questions_in,
+    repeated_questions,
     sentences,
     words,
 )
@@ -509,29 +510,11 @@ def check_confirms(turn: Turn, reply: str) -> str | None:
     return None
 
 # %% ../nbs/03_teacher.ipynb #a3c00065
-SAME_WORDS = 0.7  # share of words that two wordings of one question have in common
-
-
-def is_repeated(
-    question: str,
-    asked: list[str],  # earlier questions
-) -> bool:
-    "Whether a question has been asked before, in the same or nearly the same words."
-    new = {word[:6] for word in words(question)}
-    for earlier in asked:
-        old = {word[:6] for word in words(earlier)}
-        if len(new & old) >= SAME_WORDS * len(new | old):
-            return True
-    return False
-
-
 @check('asks_anew')
 def check_asks_anew(turn: Turn, reply: str) -> str | None:
     "The reply asks nothing that the lesson has asked."
-    for question in questions_in(reply):
-        if is_repeated(question, turn.asked):
-            return f'has been asked before: "{question}"'
-    return None
+    repeated = repeated_questions(reply, turn.asked)
+    return f'has been asked before: "{repeated[0]}"' if repeated else None
 
 # %% ../nbs/03_teacher.ipynb #a3c00067
 @check('smaller_step')

@@ -33,14 +33,13 @@ from socratic_finetune.teacher import (
     draft_repeat,
     draft_vague,
     drafts_for,
-    is_repeated,
     make_teacher,
     opener,
     overlap,
     phrases,
     teach,
 )
-from socratic_finetune.topics import load_topics, questions_in
+from socratic_finetune.topics import load_topics, questions_in, repeated_questions
 
 BANK = load_topics()
 OHM = BANK["Ohm's law"]
@@ -228,7 +227,7 @@ def test_twelve_replies_ask_twelve_questions(move, named):
         asked = [topic.guiding[0]]
         for _ in range(12):
             [question] = questions_in(reply := compose(turn, rng))[-1:]
-            assert not is_repeated(question, asked), topic.topic
+            assert not repeated_questions(question, asked), topic.topic
             asked.append(question)
             turn.messages.append(dict(role='assistant', content=reply))
 
