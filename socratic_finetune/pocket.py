@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['UNSEEN_THINGS', 'GENERAL_QUESTIONS', 'EXAMPLE_REQUESTS', 'MISCONCEPTION_QUESTIONS', 'ELABORATION_REQUESTS',
            'REPETITION_REQUESTS', 'EXERCISE_OPENERS', 'EXERCISE_REQUESTS', 'CLAIM_REQUESTS', 'STARTING_POINT_REQUESTS',
-           'HINT_REQUESTS', 'NEXT_REQUESTS', 'SERIES', 'STATEMENT_REQUESTS', 'CLASSIFICATION_PROMPTS', 'NAMED_LESSONS',
-           'SPECIAL_TOKENS', 'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES', 'PHASES', 'N_BUNDLED_ROWS', 'smalltalk',
-           'add_noise', 'open_questions', 'direct_exchange', 'follow_up', 'write_exercise', 'request_exercise',
-           'exercise_series', 'check_statement', 'classify_question', 'chat_document', 'textbook_page', 'exercise_page',
-           'lesson', 'lesson_document', 'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text',
-           'new_model', 'encode_documents', 'make_batches', 'orthogonalize', 'Muon', 'make_optimizers',
-           'learning_rate_factor', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
+           'HINT_REQUESTS', 'NEXT_REQUESTS', 'SERIES', 'STEP_REQUESTS', 'STATEMENT_REQUESTS', 'MARK_REQUESTS', 'MARKS',
+           'CLASSIFICATION_PROMPTS', 'NAMED_LESSONS', 'SPECIAL_TOKENS', 'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES',
+           'PHASES', 'N_BUNDLED_ROWS', 'smalltalk', 'add_noise', 'open_questions', 'direct_exchange', 'follow_up',
+           'write_exercise', 'request_exercise', 'exercise_series', 'request_steps', 'check_statement', 'mark_message',
+           'classify_question', 'chat_document', 'textbook_page', 'exercise_page', 'lesson', 'lesson_document',
+           'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text', 'new_model', 'encode_documents',
+           'make_batches', 'orthogonalize', 'Muon', 'make_optimizers', 'learning_rate_factor', 'save_progress',
+           'load_progress', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
 
 # %% ../nbs/90_pocket.ipynb #5132c7ff
 import hashlib
@@ -27,6 +28,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -48,9 +51,16 @@ from socratic_finetune.config import (
     write_jsonl,
 )
 from .finetune import finetune
-from .generate import dataset_card, dataset_report, generate, plan_lesson
+from socratic_finetune.generate import (
+    dataset_card,
+    dataset_report,
+    generate,
+    plan_lesson,
+    react,
+    right_ideas,
+)
 from .models import choose_device
-from .teacher import Turn, compose
+from .teacher import PRESSURES, Turn, compose, numbered
 from .topics import Question, Topic, TopicBank, load_topics, reserved_questions
 
 # %% ../nbs/90_pocket.ipynb #2efeccab
@@ -297,6 +307,8 @@ NEXT_REQUESTS = [
     'Next.',
     'Something harder, please.',
     'Give me the next one.',
+    'Step {step}, please.',
+    'Step {step} on {topic}.',
 ]
 SERIES = {  # what a student may ask for in a series, and how the answer begins
     'hint': (['A hint, please.', 'Give me a hint.'], 'A hint on {topic}.'),
@@ -307,6 +319,13 @@ SERIES = {  # what a student may ask for in a series, and how the answer begins
     ),
     'test': (['Put this to the test: {slip}', 'Test this claim: {slip}'], 'A test for {topic}.'),
 }
+
+
+def _next_exercise(topic, question, rng):
+    "One of the card's questions with its number, asked for in one way or another."
+    answer = numbered(topic, question)
+    step = answer.split()[1]
+    return _exchange(rng.choice(NEXT_REQUESTS).format(step=step, topic=topic.topic), answer)
 
 
 def exercise_series(
@@ -327,8 +346,29 @@ def exercise_series(
             answer = f'{lead.format(topic=topic.topic)} {getattr(topic, field)}'
             exchanges.append(_exchange(rng.choice(requests).format(slip=topic.slip), answer))
         elif waiting:
-            answer = f'On with {topic.topic}. {waiting.pop(0)}'
-            exchanges.append(_exchange(rng.choice(NEXT_REQUESTS), answer))
+            exchanges.append(_next_exercise(topic, waiting.pop(0), rng))
+    return exchanges
+
+# %% ../nbs/90_pocket.ipynb #9000d059
+STEP_REQUESTS = [
+    'Step {step} on {topic}.',
+    'Give me step {step} on {topic}.',
+    '{topic}, step {step}.',
+]
+
+
+def request_steps(
+    topic: Topic,
+    rng: random.Random,
+) -> list[list[dict]]:  # exchanges
+    "Two or three of the card's questions, asked for by their numbers, in any order."
+    questions = rng.sample([*topic.guiding, topic.check], rng.choice([2, 3]))
+    exchanges = []
+    for question in questions:
+        answer = numbered(topic, question)
+        step = answer.split()[1]
+        request = rng.choice(STEP_REQUESTS).format(step=step, topic=_topic_name(topic, rng))
+        exchanges.append(_exchange(add_noise(request, rng), answer))
     return exchanges
 
 # %% ../nbs/90_pocket.ipynb #9000d054
@@ -351,6 +391,38 @@ def check_statement(
         return _exchange(request.format(claim=wrong), f'False. {_answer_to_guess(topic)}')
     right = rng.choice([*topic.insights, *topic.insights, *topic.key_ideas, topic.answer])
     return _exchange(request.format(claim=right), f'True, that is about {topic.topic}. {right}')
+
+# %% ../nbs/90_pocket.ipynb #9000d062
+MARK_REQUESTS = [
+    'A pupil says in a lesson on {topic}: {message} Mark it.',
+    'Mark what a pupil says about {topic}. {message}',
+    'Lesson on {topic}. The pupil: {message} What is that?',
+]
+MARKS = {
+    **dict.fromkeys(('right', 'unsure', 'sums_up', 'whole'), 'Right, that is so with {topic}.'),
+    'stuck': 'Stuck. The pupil needs a hint on {topic}.',
+    **dict.fromkeys(PRESSURES, 'Pressed. The pupil wants the answer on {topic}.'),
+    **dict.fromkeys(('wrong', 'intentional_wrong_answer'), 'Wrong, that is not so with {topic}.'),
+    'off_topic': 'Off the subject. The lesson is on {topic}.',
+}
+
+
+def mark_message(
+    topic: Topic,
+    other: Topic,  # another topic
+    rng: random.Random,
+) -> list[dict]:  # two messages
+    "A message of a pupil, and whether it is right, wrong, stuck, pressing or off the subject."
+    reaction = rng.choice(['right', 'whole', 'wrong', 'stuck', 'off_topic', *MARKS])
+    if reaction == 'off_topic' and rng.random() < 0.6:
+        message = rng.choice([other.everyday, other.knows, *other.insights])
+    else:
+        idea = ''
+        if MARKS[reaction] == MARKS['right']:
+            idea = topic.answer if reaction == 'whole' else rng.choice(right_ideas(topic))
+        message = react(topic, reaction, rng, idea)
+    request = rng.choice(MARK_REQUESTS).format(topic=topic.topic, message=add_noise(message, rng))
+    return _exchange(request, MARKS[reaction].format(topic=topic.topic))
 
 # %% ../nbs/90_pocket.ipynb #9000d013
 CLASSIFICATION_PROMPTS = [
@@ -408,7 +480,7 @@ def exercise_page(
     for question in rng.sample(open_questions(topic), 3):
         lines.append(f'Asked about {topic.topic}: {add_noise(question.text, rng)}')
     hint = f'A hint. {topic.hint} {rng.choice(topic.guiding)}'
-    review_questions = [f'- {question}' for question in rng.sample(topic.asks[1:], 3)]
+    review_questions = [numbered(topic, question) for question in rng.sample(topic.asks[1:], 3)]
     parts = [
         f'Start from here. {topic.knows} {topic.guiding[0]}',
         f'Picture this. {topic.everyday} {topic.guiding[0]}',
@@ -457,7 +529,7 @@ def lesson_document(
 
 # %% ../nbs/90_pocket.ipynb #9000d01b
 def _regular_chats(topic, other, rng):
-    "The eleven chats that every pass holds for a topic; `other` is a random topic."
+    "The thirteen chats that every pass holds for a topic; `other` is a random topic."
     documents = [chat_document([direct_exchange(topic, rng)], rng) for _ in range(4)]
     for makers in [
         [(direct_exchange, topic), (follow_up, topic)],
@@ -469,7 +541,10 @@ def _regular_chats(topic, other, rng):
         exchanges = [make(about, rng) for make, about in makers]
         documents.append(chat_document(exchanges, rng))
     documents.append(chat_document(exercise_series(topic, rng), rng))
+    documents.append(chat_document(request_steps(topic, rng), rng))
     documents.append(chat_document([check_statement(topic, rng)], rng))
+    marks = [mark_message(topic, other, rng) for _ in range(3)]
+    documents.append(chat_document(marks, rng))
     return documents
 
 # %% ../nbs/90_pocket.ipynb #9000d01d
@@ -794,6 +869,55 @@ def _format_progress(entry, n_steps):
         f'{tokens_per_second:,.0f} tokens/s  {seconds_left / 60:.1f} min left'
     )
 
+# %% ../nbs/90_pocket.ipynb #9000d065
+def _training_tensors(model, optimizers):
+    "All tensors that training changes, by name: parameters, and the optimizers' states."
+    tensors = {f'model {name}': p for name, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        for j, p in enumerate(parameters):
+            for key, value in optimizer.state[p].items():
+                tensors[f'optimizer {i} {j} {key}'] = value
+    return tensors
+
+
+def save_progress(
+    path: Path,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    log: list[dict],  # its last entry says how far training is
+) -> None:
+    "Save all that training needs to go on, at once or not at all."
+    content = save(_training_tensors(model, optimizers), dict(log=json.dumps(log)))
+    write_atomic(path, content)
+
+
+def load_progress(
+    path: Path,
+    model: LlamaForCausalLM,  # changed in place
+    optimizers: list[torch.optim.Optimizer],  # new ones, changed in place
+    schedulers: list,  # new ones, moved on to where training is
+) -> list[dict]:  # the log; empty if nothing has been saved
+    "Take up training where it was saved."
+    if not path.is_file():
+        return []
+    tensors = load_file(path)
+    with safe_open(path, 'pt') as file:
+        log = json.loads(file.metadata()['log'])
+    for i, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        for name, value in tensors.items():
+            kind, number, *rest = name.split(' ')
+            if kind == 'optimizer' and int(number) == i:
+                optimizer.state[parameters[int(rest[0])]][rest[1]] = value
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f'model {name}'])
+    for scheduler in schedulers:
+        for _ in range(log[-1]['step']):
+            scheduler.step()
+    return log
+
 # %% ../nbs/90_pocket.ipynb #9000d036
 def pretrain(
     batches: list[dict],  # from `make_batches`; each is used once
@@ -803,19 +927,21 @@ def pretrain(
     warmup_steps: int = 50,
     decay: float = 0.6,  # as in `learning_rate_factor`
     compiled: bool = True,  # use `torch.compile`
+    checkpoint: Path | None = None,  # file that progress is saved in and resumed from
     report=print,  # called with a line of progress every 100 steps
 ) -> list[dict]:  # `step`, `tokens`, `loss` (mean since the last entry), `seconds`
-    "Train a model on batches, once through."
+    "Train a model on batches, once through; what a checkpoint holds is not trained again."
     optimizers = make_optimizers(model, lr, embedding_lr)
     schedulers = _schedulers(optimizers, len(batches), warmup_steps, decay)
     forward = torch.compile(model, dynamic=True) if compiled else model
     autocast = _autocast()
-    started_at = time.time()
-    tokens = 0
+    log = load_progress(checkpoint, model, optimizers, schedulers) if checkpoint else []
+    done = log[-1] if log else dict(step=0, tokens=0, seconds=0)
+    started_at = time.time() - done['seconds']
+    tokens = done['tokens']
     losses = []
-    log = []
     model.train()
-    for step, batch in enumerate(batches, 1):
+    for step, batch in enumerate(batches[done['step'] :], done['step'] + 1):
         with autocast:
             loss = forward(**batch, use_cache=False).loss
         loss.backward()
@@ -829,8 +955,10 @@ def pretrain(
             mean_loss = round(sum(losses) / len(losses), 4)
             seconds = round(time.time() - started_at, 1)
             log.append(dict(step=step, tokens=tokens, loss=mean_loss, seconds=seconds))
-            report(_format_progress(log[-1], len(batches)))
             losses = []
+            if checkpoint and step < len(batches):
+                save_progress(checkpoint, model, optimizers, log)
+            report(_format_progress(log[-1], len(batches)))
     return log
 
 # %% ../nbs/90_pocket.ipynb #e150a660
@@ -847,7 +975,7 @@ def data_digest() -> str:  # 16 hexadecimal digits
 
 # %% ../nbs/90_pocket.ipynb #9000d03a
 PHASES = (
-    dict(name='read', passes=16, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
+    dict(name='read', passes=14, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
     dict(name='read again', passes=4, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=1),
 )
 
@@ -875,9 +1003,11 @@ def _train_phase(folder, phase, is_first_phase, batch_tokens, report):
         f'{parameters:,} parameters'
     )
     rates = {key: phase[key] for key in ('lr', 'embedding_lr', 'decay')}
-    log = pretrain(batches, model, **rates, report=report)
+    checkpoint = Path(folder) / f'{phase["name"].replace(" ", "_")}.safetensors'
+    log = pretrain(batches, model, **rates, checkpoint=checkpoint, report=report)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    checkpoint.unlink(missing_ok=True)
     return dict(phase, documents=len(documents), tokens=tokens, log=log), parameters
 
 # %% ../nbs/90_pocket.ipynb #9000d03c

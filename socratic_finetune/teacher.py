@@ -6,13 +6,13 @@
 __all__ = ['MOVES', 'MOVE_FOR_KIND', 'PRESSURES', 'STOP_WORDS', 'TOPIC_IN_OPENER', 'FIRST_PERSON', 'MAX_IDEA', 'FOOTHOLDS',
            'SCENES', 'UPTAKE', 'NO_OPENER', 'LEADS', 'DRAFTS_OF_MOVE', 'CHECKS', 'VAGUE_QUESTION', 'DISCOURAGING',
            'PRAISE', 'DENIAL', 'GIVING_IN', 'REWRITE', 'ACTS', 'Turn', 'Teacher', 'content_stems', 'overlap', 'phrases',
-           'openers_for', 'opener', 'first_step', 'new_question', 'smaller_steps', 'next_step', 'lesson_text',
-           'compose', 'draft_answer', 'draft_answer_then_ask', 'draft_lecture', 'draft_vague', 'draft_cold',
-           'draft_pile', 'draft_agree', 'draft_flat', 'draft_repeat', 'draft_no_scene', 'draft_give_in', 'draft_cling',
-           'drafts_for', 'check', 'check_asks_first', 'check_no_reveal', 'check_concise', 'check_encouraging',
-           'check_builds_on', 'check_one_step', 'check_accurate', 'check_on_topic', 'check_confirms', 'check_asks_anew',
-           'check_smaller_step', 'check_holds', 'check_closes', 'BuiltinTeacher', 'teach', 'Reply', 'Critique',
-           'OpenAITeacher', 'make_teacher']
+           'openers_for', 'opener', 'first_step', 'new_question', 'smaller_steps', 'series_step', 'next_step',
+           'numbered', 'lesson_text', 'compose', 'draft_answer', 'draft_answer_then_ask', 'draft_lecture',
+           'draft_vague', 'draft_cold', 'draft_pile', 'draft_agree', 'draft_flat', 'draft_repeat', 'draft_no_scene',
+           'draft_give_in', 'draft_cling', 'drafts_for', 'check', 'check_asks_first', 'check_no_reveal',
+           'check_concise', 'check_encouraging', 'check_builds_on', 'check_one_step', 'check_accurate',
+           'check_on_topic', 'check_confirms', 'check_asks_anew', 'check_smaller_step', 'check_holds', 'check_closes',
+           'BuiltinTeacher', 'teach', 'Reply', 'Critique', 'OpenAITeacher', 'make_teacher']
 
 # %% ../nbs/03_teacher.ipynb #ffd031d1
 import random
@@ -159,7 +159,7 @@ def openers_for(turn: Turn) -> list[str]:
         return openers['pressed'][turn.pressure]
     if turn.move == 'close' and not next_step(turn, random.Random(0))[1]:
         return openers['farewell']
-    repeatable = turn.idea and len(words(turn.idea)) <= MAX_IDEA
+    repeatable = not turn.named and turn.idea and len(words(turn.idea)) <= MAX_IDEA
     if turn.move == 'confirm' and repeatable and not FIRST_PERSON.search(turn.idea):
         return openers['confirm_idea']
     return openers[turn.move]
@@ -222,6 +222,21 @@ def smaller_steps(turn: Turn, rng: random.Random) -> list[tuple[str, str | None]
 UPTAKE = 0.4  # share of confirming replies that ask on from what the student has found
 
 
+def series_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of the card, question
+    "The card's next question, in its order; for a stuck student beside a scene that is new."
+    topic = turn.topic
+    series = [*topic.guiding, topic.check]
+    if turn.move == 'correct':
+        series = [topic.test, *series]
+    ahead = next((question for question in series if not turn.has_had(question)), None)
+    scene = next((field for field in SCENES if not turn.has_had(getattr(topic, field))), '')
+    if turn.move != 'hint' and ahead:
+        return '', ahead
+    if turn.move == 'hint' and ahead and scene:
+        return scene, ahead
+    return scene, new_question(turn, phrases()['smaller'][scene or 'plain'], rng) or topic.test
+
+
 def next_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of the card, question
     "Foothold and question of a reply; no question that the lesson has had, or none at all."
     topic = turn.topic
@@ -230,13 +245,15 @@ def next_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of th
     if turn.move == 'close':
         closes_now = turn.named or turn.has_had(topic.check)
         return ('', '' if closes_now else topic.check)
+    if turn.named:
+        return series_step(turn, rng)
     steps = smaller_steps(turn, rng)
     climb = [('', question) for question in (*topic.guiding[turn.step :], topic.check)]
     if turn.move == 'confirm':
         taken_up = ('', new_question(turn, phrases()['uptake'], rng))
-        takes_up = turn.named or rng.random() < UPTAKE
+        takes_up = rng.random() < UPTAKE
         steps = [taken_up, *climb] if takes_up else [*climb, taken_up, *steps]
-    if turn.move in ('withhold', 'return') and not turn.named:
+    if turn.move in ('withhold', 'return'):
         steps = [*steps[:-1], *climb, steps[-1]]
     if turn.move == 'correct':
         steps = [('', topic.test), *steps]
@@ -250,6 +267,19 @@ LEADS = {
     'everyday': 'Picture this for {topic}.',
     'knows': 'Start from here with {topic}.',
 }
+
+
+def numbered(
+    topic: Topic,
+    question: str,  # a guiding question of the topic, its check, or any other
+) -> str:
+    "A question behind a lead that names the topic, and the number of the step."
+    series = [*topic.guiding, topic.check]
+    if question in series:
+        return f'Step {series.index(question) + 1} on {topic.topic}. {question}'
+    if question == topic.test:
+        return f'A test for {topic.topic}. {question}'
+    return question
 
 
 def lesson_text(turn: Turn) -> str:
@@ -270,8 +300,9 @@ def compose(
     field, question = next_step(turn, rng)
     rest = f'{getattr(turn.topic, field, "")} {question}'.strip()
     if turn.named and not turn.is_first and question:
-        lead = LEADS.get(field, 'On with {topic}.').format(topic=turn.topic.topic)
-        return f'{opener(turn, rng)} {lead} {rest}'
+        lead = LEADS.get(field, '').format(topic=turn.topic.topic)
+        parts = [opener(turn, rng), lead, getattr(turn.topic, field, '')]
+        return ' '.join([*filter(None, parts), numbered(turn.topic, question)])
     must_name = turn.is_first and not overlap(lesson_text(turn), rest)
     may_begin = turn.move in ('begin', 'hint') and field != 'knows' and not turn.named
     if may_begin and not must_name and rng.random() < NO_OPENER and len(words(rest)) >= 15:

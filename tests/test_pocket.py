@@ -30,6 +30,7 @@ from socratic_finetune.pocket import (
     follow_up,
     learning_rate_factor,
     lesson,
+    load_progress,
     make_batches,
     make_corpus,
     make_optimizers,
@@ -279,9 +280,10 @@ def test_a_build_resumes_after_its_last_phase(tmp_path, monkeypatch):
     small = chat_document([direct_exchange(BANK['tides'], random.Random(0))], random.Random(0))
     trained = []
 
-    def quick_pretrain(batches, model, lr, embedding_lr, decay, report):
+    def quick_pretrain(batches, model, lr, embedding_lr, decay, checkpoint, report):
         trained.append(lr)
-        return pretrain(batches, model, lr, embedding_lr, 2, decay, compiled=False, report=report)
+        how = dict(compiled=False, checkpoint=checkpoint, report=report)
+        return pretrain(batches, model, lr, embedding_lr, 2, decay, **how)
 
     monkeypatch.setattr(pocket, 'pretrain', quick_pretrain)
     monkeypatch.setattr(pocket, 'make_corpus', lambda bank, passes, seed: [small] * 8 * passes)
@@ -315,3 +317,28 @@ def test_the_bundled_model_is_small():
     metadata = json.loads((folder / 'pocket.json').read_text(encoding='utf8'))
     vocab_size = len(AutoTokenizer.from_pretrained(folder))
     assert new_model(vocab_size).num_parameters() == metadata['parameters']
+
+
+def test_training_resumes_with_all_that_it_had(tmp_path):
+    rows = [([1, 6, 7, 8, 2], [1, 6, 7, 8, 2]) for _ in range(110)]
+    batches = make_batches(rows, tokens=16, seed=0, multiple=1)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    path = tmp_path / 'progress.safetensors'
+
+    def stop(line):
+        raise InterruptedError
+
+    model = new_model(64, **sizes)
+    batches = batches * 4
+    with pytest.raises(InterruptedError):
+        pretrain(batches, model, compiled=False, checkpoint=path, report=stop)
+    fresh = new_model(64, **sizes)
+    optimizers = make_optimizers(fresh, 5e-3, 3e-3)
+    log = load_progress(path, fresh, optimizers, [])
+    assert log[-1]['step'] == 100
+    for name, p in fresh.named_parameters():
+        assert torch.equal(p, model.get_parameter(name))
+    assert all(optimizer.state for optimizer in optimizers)
+    lines = []
+    log = pretrain(batches, fresh, compiled=False, checkpoint=path, report=lines.append)
+    assert [entry['step'] for entry in log] == [100, len(batches)] and len(lines) == 1
