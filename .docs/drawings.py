@@ -325,6 +325,44 @@ DRAWINGS = {
         ],
         size=(7.7, 5.2),
     ),
+    'server': Drawing(
+        boxes=dict(
+            client=(0.9, 1.2, 'a client', 'note'),
+            check=(3, 1.2, 'read and check', 'choice'),
+            turn=(5.9, 1.2, 'wait for its turn', 'file'),
+            error=(3, 3.6, 'an error object', 'bad'),
+            model=(5.9, 3.6, 'one thread, one model:\na token for each\nreply in turn', 'stage'),
+            events=(0.9, 3.6, 'events', 'good'),
+        ),
+        arrows=[
+            'client > check',
+            'check > turn: fine',
+            'check |> error: not so',
+            'turn > model',
+            'model > events: pieces, until the end or until the client leaves',
+        ],
+        size=(7.9, 5.2),
+    ),
+    'share': Drawing(
+        boxes=dict(
+            run=(1, 1.2, 'a run', 'file'),
+            pick=(3.2, 1.2, 'pick files,\nwrite the card', 'stage'),
+            staged=(5.8, 1.2, 'share/\nall that will be sent', 'file'),
+            scan=(5.8, 3.8, 'a key?\na path of this machine?', 'choice'),
+            stop=(5.8, 6.2, 'nothing is sent', 'bad'),
+            upload=(3.2, 3.8, 'upload,\nthen commit', 'stage'),
+            hub=(1, 3.8, 'the Hub', 'good'),
+        ),
+        arrows=[
+            'run > pick',
+            'pick > staged',
+            'staged > scan',
+            'scan > stop: found',
+            'scan > upload: none',
+            'upload > hub',
+        ],
+        size=(7.7, 7.2),
+    ),
     'lessons': Drawing(
         boxes=dict(
             change=(1, 1.2, 'one change in\nthe reference', 'file'),
