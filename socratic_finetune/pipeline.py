@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'SENTENCES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 
            'ProgressLines', 'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'parse_settings',
            'profile_for', 'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings',
            'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
-           'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'format_agreement', 'judge_command',
-           'report_command', 'pocket_command', 'main']
+           'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'serve_command', 'format_agreement',
+           'judge_command', 'report_command', 'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -822,6 +822,29 @@ def chat_command(
     unanswered = [a for a in answers if a.status == 'failed' or (a.status == 'cut' and not a.text)]
     if unanswered and not sys.stdin.isatty():
         raise typer.Exit(1)
+
+# %% ../nbs/14_pipeline.ipynb #5e7e1401
+@app.command('serve')
+def serve_command(
+    model_dir: AdapterFolder = None,
+    base_model: BaseModelName = None,
+    run: RunName = 'demo',
+    base: Annotated[bool, typer.Option('--base', help='serve the base model too')] = False,
+    host: Annotated[
+        str, flag('host', '0.0.0.0 for everybody who can reach this machine')
+    ] = '127.0.0.1',
+    port: Annotated[int, flag('port', '0: any that is free')] = 8000,
+    overrides: Overrides = None,
+):
+    "An OpenAI-compatible server of the tutor, for this machine, until Ctrl-C."
+    from socratic_finetune.server import run_server
+
+    changes = parse_settings(overrides)
+
+    def load():
+        return open_tutor(run, model_dir, base_model, streaming=True, **changes)
+
+    run_server(load, host, port, base)
 
 # %% ../nbs/14_pipeline.ipynb #5b3a11d9
 def format_agreement(

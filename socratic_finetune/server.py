@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -322,7 +323,7 @@ class Scheduler:
 @patch
 def step(self: Scheduler) -> None:
     "The next piece of the job whose turn it is."
-    job, pieces = self.running.popleft()
+    job, pieces = self.running[0]
     piece = None
     if job.stop.is_set():
         pieces.close()
@@ -335,6 +336,7 @@ def step(self: Scheduler) -> None:
             reason = str(error).strip().split('\n')[0][:200]
             job.error = RequestError(f'the model failed: {type(error).__name__}: {reason}', 500)
     job.pieces.put(piece)
+    self.running.popleft()
     if piece is not None:
         self.running.append((job, pieces))
 
@@ -730,7 +732,7 @@ def run_server(
     host: str = '127.0.0.1',
     port: int = 8000,
     base: bool = False,  # serve the base model too
-    report: Callable = print,  # called with a line for each reply
+    report: Callable = partial(print, flush=True),  # called with a line for each reply
 ) -> None:
     """Serve a tutor until Ctrl-C.
 
