@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'SENTENCES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 
            'profile_for', 'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings',
            'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
            'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'serve_command', 'format_agreement',
-           'judge_command', 'report_command', 'pocket_command', 'main']
+           'judge_command', 'report_command', 'push_command', 'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -965,6 +965,37 @@ def report_command(
     _print_headings(rows_file.describe())
     _print_headings(dataset_report(rows_file.rows).items())
     _print_headings(describe_encoding(rows_file, settings, line))
+
+# %% ../nbs/14_pipeline.ipynb #5e7e1403
+@app.command('push')
+def push_command(
+    repo: Annotated[str, flag('repo', 'OWNER/NAME on the Hub, or NAME for one of your own')],
+    run: RunName = 'demo',
+    dataset: Annotated[
+        bool, typer.Option('--dataset', help="the run's dataset instead of its tutor")
+    ] = False,
+    yes: Annotated[bool, typer.Option('--yes', help='send it; without, it is only shown')] = False,
+    public: Annotated[
+        bool, typer.Option('--public', help='a new repository can be seen by everybody')
+    ] = False,
+    licence: Annotated[
+        str, flag('license', "of the base, or the dataset's; default: as far as it is known")
+    ] = '',
+    exclude: Annotated[
+        list[str] | None, flag('exclude', 'a file to leave out; may be given more than once')
+    ] = None,
+):
+    "Adapter, card and results to the Hub; without --yes a list of every file and its size."
+    from socratic_finetune.share import plan_push, push
+
+    r = Run.open(run)
+    with lock_run(r):
+        plan = plan_push(r, repo, dataset, licence, exclude or [], print)
+        print(plan)
+        if yes:
+            print(push(plan.folder, repo, plan.kind, public))
+        else:
+            print(f'nothing was sent: look at {short_path(plan.folder)}, then add --yes')
 
 # %% ../nbs/14_pipeline.ipynb #f11e4001
 @app.command('pocket', context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
