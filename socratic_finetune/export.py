@@ -4,11 +4,16 @@
 
 # %% auto #0
 __all__ = ['LORA_EXTRAS', 'DTYPES', 'ARCHITECTURES', 'ROPE_TYPES', 'QUANTIZATIONS', 'GPT4_WORDS', 'WORD_RULES', 'LEADING_BOS',
-           'PROBE', 'LoraPair', 'read_lora', 'StoredWeight', 'list_weights', 'write_safetensors', 'neighbour_order',
-           'check_architecture', 'PlannedTensor', 'plan_tensors', 'tokenizer_kind', 'space_manner', 'FileTemplate',
-           'file_template', 'end_of_turn', 'TutorFiles', 'tutor_files', 'write_gguf']
+           'PROBE', 'LLAMA_CPP', 'LLAMA_CPP_WHEEL', 'MACHINE_SETTINGS', 'FORMATS', 'LORA_FILE', 'FOLLOW_UP', 'LoraPair',
+           'read_lora', 'StoredWeight', 'list_weights', 'write_safetensors', 'neighbour_order', 'check_architecture',
+           'PlannedTensor', 'plan_tensors', 'tokenizer_kind', 'space_manner', 'FileTemplate', 'file_template',
+           'end_of_turn', 'TutorFiles', 'tutor_files', 'write_gguf', 'llama_cpp_replies', 'tutor_replies',
+           'tutor_choices', 'agreement', 'write_gguf_adapter', 'ollama_template', 'modelfile', 'export_size',
+           'export_tutor', 'tokens_per_second', 'merged_tutor', 'measure_export', 'sample_conversations',
+           'compare_speed']
 
 # %% ../nbs/76_export.ipynb #7e000003
+import itertools
 import json
 import math
 import os
@@ -18,9 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,13 +38,13 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .config import Settings, SocraticError, write_atomic
 from .models import resolve_base_model
-from .prompting import token_ids
-from .tutor import Tutor, adapter_tokenizer, check_adapter, stream_ids
+from .topics import load_topics
+from .tutor import Sampler, Tutor, adapter_tokenizer, check_adapter, stream_ids
 
 # %% ../nbs/76_export.ipynb #7e000008
 LORA_EXTRAS = (  # what an adapter may have beyond two matrices a weight
@@ -99,8 +104,8 @@ def read_lora(
         pairs[f'{module}.weight'] = LoraPair(a.float(), b.float(), scale)
     if 2 * len(pairs) != len(tensors):
         raise SocraticError(
-            f'the adapter in {adapter} holds {len(tensors)} tensors, of which {2 * len(pairs)} are '
-            'LoRA matrices of linear layers: export it with format "adapter"'
+            f'the adapter in {adapter} holds {len(tensors)} tensors, of which {2 * len(pairs)} '
+            'are LoRA matrices of linear layers: export it with format "adapter"'
         )
     return pairs
 
@@ -149,7 +154,7 @@ def list_weights(
     weights = []
     for file in files:
         with safe_open(file, 'pt') as opened:
-            for name in opened.keys():
+            for name in opened.keys():  # noqa: SIM118 (it is no dict)
                 stored = opened.get_slice(name)
                 dtype = stored.get_dtype()
                 if dtype not in DTYPES:
@@ -184,15 +189,15 @@ def write_safetensors(
         for weight in weights:
             for rows in weight.rows(pairs.get(weight.name)):
                 rounded = rows.to(DTYPES[weight.dtype])
-                _check_finite(weight, rounded)
+                _check_finite(weight.name, rounded)
                 file.write(rounded.contiguous().view(torch.uint8).numpy())
 
 
-def _check_finite(weight, rows):
+def _check_finite(name, rows):
     "Raise `SocraticError` if numbers of a weight are NaN, or too large for their format."
     if not rows.isfinite().all():
         raise SocraticError(
-            f'{weight.name} holds NaN, or a number too large for {rows.dtype}: '
+            f'{name} holds NaN, or a number too large for {rows.dtype}: '
             'the training has diverged, so train again with a lower learning_rate'
         )
 
@@ -226,7 +231,7 @@ def check_architecture(
     if reasons:
         raise SocraticError(
             f'this base model cannot be written as GGUF here ({", ".join(reasons)}): '
-            "use format \"merged\", and llama.cpp's own convert_hf_to_gguf.py"
+            'use format "merged", and llama.cpp\'s own convert_hf_to_gguf.py'
         )
 
 # %% ../nbs/76_export.ipynb #7e000017
@@ -251,7 +256,7 @@ class PlannedTensor:
         start = 0
         for rows in self.weight.rows(self.pair):
             if self.kind != gguf.GGMLQuantizationType.F32:
-                _check_finite(self.weight, rows.half())
+                _check_finite(self.weight.name, rows.half())
             made[start : start + len(rows)] = (
                 gguf.quantize(rows.numpy(), self.kind).view(np.uint8).reshape(len(rows), -1)
             )
@@ -276,7 +281,8 @@ QUANTIZATIONS = {
 
 def _gguf_name(config, name):
     "llama.cpp's name of a weight. Raises `SocraticError` if it has none."
-    arch = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == ARCHITECTURES[config.model_type])
+    architecture = ARCHITECTURES[config.model_type]
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     stem, _, suffix = name.rpartition('.')
     found = gguf.get_tensor_name_map(arch, config.num_hidden_layers).get_name(stem)
     if found is None:
@@ -539,7 +545,7 @@ def tutor_files(
     settings: Settings,  # the adapter's: `base_model` and `chat_format`
     adapter: str | Path,  # its folder
 ) -> TutorFiles:
-    "Find what an export needs, without reading a weight. Raises `SocraticError` if it is not there."
+    "Find what an export needs, without reading a weight. Raises `SocraticError` if it is missing."
     name = resolve_base_model(settings.base_model, check_adapter(adapter, settings))
     base = Path(name)
     if not base.is_dir():
@@ -583,3 +589,513 @@ def write_gguf(
     for tensor in planned:
         writer.write_tensor_data(tensor.data())
     writer.close()
+
+# %% ../nbs/76_export.ipynb #7e00002e
+LLAMA_CPP = """
+import json
+import sys
+import time
+
+from cyllama.api import apply_chat_template
+from cyllama.llama import llama_cpp as api
+
+task = json.loads(sys.stdin.read())
+model = api.LlamaModel(task['file'], api.LlamaModelParams(), False)
+vocab = model.get_vocab()
+if task['lora']:
+    model.lora_adapter_init(task['lora'])
+answers = []
+for messages, forced in zip(task['conversations'], task['forced']):
+    text = apply_chat_template(messages, task['file'])
+    prompt = vocab.tokenize(text, add_special=True, parse_special=True)
+    params = api.LlamaContextParams()
+    params.n_ctx = len(prompt) + task['max_new_tokens']
+    params.n_threads = params.n_threads_batch = task['threads']
+    params.type_k = params.type_v = 0  # float32, as transformers has its cache
+    params.flash_attn_type = 0
+    context = api.LlamaContext(model, params, False)
+    sampler = api.LlamaSampler(api.LlamaSamplerChainParams())
+    sampler.add_greedy()
+    context.decode(api.llama_batch_get_one(prompt, 0))
+    reply = []
+    started = None
+    while len(reply) < (task['max_new_tokens'] if forced is None else len(forced)):
+        token = sampler.sample(context, -1)
+        started = started or time.perf_counter()
+        if vocab.is_eog(token) and forced is None:
+            break
+        reply.append(token)
+        following = token if forced is None else forced[len(reply) - 1]
+        context.decode(api.llama_batch_get_one([following], len(prompt) + len(reply) - 1))
+    seconds = time.perf_counter() - started
+    answers.append(dict(prompt=prompt, reply=reply, seconds=seconds))
+print()
+print(json.dumps(answers))
+"""
+
+# %% ../nbs/76_export.ipynb #7e00002f
+LLAMA_CPP_WHEEL = 'cyllama==0.2.18'
+
+
+def llama_cpp_replies(
+    file: str | Path,  # a GGUF file with a chat template
+    conversations: list[list[dict]],  # messages, ending with the student's
+    max_new_tokens: int = 32,
+    forced: list[list[int]] | None = None,  # replies to follow, whatever it would say itself
+    lora: str | Path | None = None,  # a GGUF adapter, which llama.cpp loads to see if it fits
+    threads: int = 1,
+) -> list[dict]:  # `prompt` and `reply` as token ids; `seconds` from the first token on
+    """What llama.cpp answers greedily, with the template that it finds in the file.
+
+    Where replies are forced, it says for each of their tokens which one it would have chosen.
+    Raises `SocraticError` if cyllama is not installed, or llama.cpp refuses the file."""
+    if find_spec('cyllama') is None:
+        raise SocraticError(
+            f'llama.cpp is not there: pip install --no-deps "{LLAMA_CPP_WHEEL}", a wheel of 16 MB'
+        )
+    task = dict(file=str(file), lora=lora and str(lora), conversations=conversations)
+    task |= dict(max_new_tokens=max_new_tokens, threads=threads)
+    task |= dict(forced=forced or [None] * len(conversations))
+    done = subprocess.run(
+        [sys.executable, '-c', LLAMA_CPP],
+        input=json.dumps(task).encode(),
+        capture_output=True,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors='replace').strip().splitlines()
+        raise SocraticError(f'llama.cpp refuses {file}: {lines[-1] if lines else "no word of it"}')
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+# %% ../nbs/76_export.ipynb #7e000032
+def tutor_replies(
+    tutor: Tutor,
+    conversations: list[list[dict]],  # messages, ending with the student's
+    max_new_tokens: int = 32,
+    arm: str = 'tuned',  # or `base`
+) -> list[dict]:  # as from `llama_cpp_replies`
+    "What a tutor answers greedily here."
+    answers = []
+    for messages in conversations:
+        prompt = tutor.prompt(messages)
+        stream = stream_ids(tutor, prompt, arm, Sampler(), max_new_tokens)
+        reply = list(itertools.islice(stream, 1))  # the prompt has been read: from here on
+        started = time.perf_counter()
+        reply += stream
+        seconds = time.perf_counter() - started
+        answers.append(dict(prompt=prompt, reply=reply, seconds=seconds))
+    return answers
+
+
+@torch.inference_mode()
+def tutor_choices(
+    tutor: Tutor,
+    answers: list[dict],  # with `prompt` and `reply`, which it follows
+    arm: str = 'tuned',  # or `base`
+) -> list[dict]:  # with its own choice for each token as `reply`
+    "What a tutor would have said at each token of somebody's replies."
+    made = []
+    for answer in answers:
+        ids = torch.tensor([answer['prompt'] + answer['reply']], device=tutor.model.device)
+        logits = tutor.switch(arm)(input_ids=ids).logits[0]  # (tokens, vocabulary)
+        chosen = logits[len(answer['prompt']) - 1 : -1].argmax(-1).tolist()
+        made.append(dict(prompt=answer['prompt'], reply=chosen))
+    return made
+
+
+def agreement(
+    expected: list[dict],  # with `prompt` and `reply`, as from `tutor_replies`
+    actual: list[dict],  # to the same conversations
+) -> dict:  # numbers of equal prompts and replies, of all, and the share of equal tokens
+    "How far two sets of replies agree, token by token from the front."
+    equal = 0
+    n_tokens = 0
+    for one, other in zip(expected, actual, strict=True):
+        length = max(len(one['reply']), len(other['reply']))
+        same = [a == b for a, b in zip(one['reply'], other['reply'], strict=False)]
+        equal += sum(same)
+        n_tokens += length
+    pairs = list(zip(expected, actual, strict=True))
+    return dict(
+        conversations=len(pairs),
+        prompts=sum(one['prompt'] == other['prompt'] for one, other in pairs),
+        replies=sum(one['reply'] == other['reply'] for one, other in pairs),
+        tokens=equal / max(1, n_tokens),
+    )
+
+# %% ../nbs/76_export.ipynb #7e000039
+def write_gguf_adapter(
+    path: Path,
+    files: TutorFiles,
+) -> None:
+    "Write the adapter as a GGUF file. Raises `SocraticError` if base or adapter is not supported."
+    check_architecture(files.config)
+    pairs = files.pairs()
+    first = next(iter(pairs.values()))
+    alpha = first.scale * len(first.a)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[files.config.model_type])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, 'lora')
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_name('tutor')
+    for name, pair in sorted(pairs.items()):
+        b = pair.b * (pair.scale * len(pair.a) / alpha)  # llama.cpp knows one alpha for all
+        n_heads = _heads(files.config, name)
+        if n_heads:
+            b = b[neighbour_order(len(b), n_heads)]
+        _check_finite(name, torch.cat([pair.a.half().ravel(), b.half().ravel()]))
+        target = _gguf_name(files.config, name)
+        writer.add_tensor(f'{target}.lora_a', pair.a.half().numpy())
+        writer.add_tensor(f'{target}.lora_b', b.half().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+# %% ../nbs/76_export.ipynb #7e00003e
+def _between(tokenizer, template, *roles):
+    "The pieces of text that a template writes around the messages of some roles."
+    messages = [dict(role=role, content=f'@@{i}@@') for i, role in enumerate(roles)]
+    return re.split('@@[0-9]@@', _apply(tokenizer, template, messages))
+
+
+def _go(text):
+    "A text as Go's template language writes it literally."
+    return text.replace('{{', '{{ "{{" }}')
+
+
+def ollama_template(
+    tokenizer,
+    template: str,  # a chat template in Jinja, as the GGUF file has it
+) -> str:
+    """The same chat template in Go's language.
+
+    Raises `SocraticError` if it cannot be taken apart. Source: Ollama's docs, Modelfile."""
+    try:
+        dialogue = ('user', 'assistant', 'user', 'assistant', 'user')
+        begin, after_system, *turns, end = _between(tokenizer, template, 'system', *dialogue)
+        plain_begin, *plain = _between(tokenizer, template, *dialogue)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise SocraticError(
+            f'this chat template refuses a system prompt or a turn ({error}): export it as gguf'
+        ) from None
+    if turns != turns[:2] * 2 or plain != [*turns, end]:
+        raise SocraticError(
+            'this chat template writes later turns in another way than the first ones, which '
+            "Ollama's cannot: export it as gguf"
+        )
+    before, after = turns[:2]
+    return (
+        f'{{{{ if .System }}}}{_go(begin)}{{{{ .System }}}}{_go(after_system)}'
+        f'{{{{ else }}}}{_go(plain_begin)}{{{{ end }}}}'
+        '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}'
+        f'{{{{ else if eq .Role "assistant" }}}}{_go(before)}{{{{ .Content }}}}{_go(after)}'
+        f'{{{{ end }}}}{{{{ end }}}}{_go(end)}'
+    )
+
+# %% ../nbs/76_export.ipynb #7e000041
+def modelfile(
+    files: TutorFiles,
+    source: str,  # what `FROM` names: a GGUF file
+    adapter: str | None = None,  # a GGUF adapter
+) -> str:
+    "The text of an Ollama Modelfile. Raises `SocraticError` if its quotes cannot hold a text."
+    tokenizer = files.tokenizer
+    kind, _ = tokenizer_kind(tokenizer)
+    texts = dict(TEMPLATE=ollama_template(tokenizer, file_template(tokenizer, kind).text))
+    if files.settings.system_prompt:
+        texts['SYSTEM'] = files.settings.system_prompt
+    lines = [f'FROM {source}']
+    if adapter:
+        lines.append(f'ADAPTER {adapter}')
+    for name, text in texts.items():
+        if '"""' in text:
+            raise SocraticError(f'{name} of a Modelfile cannot hold three quotes in a row: {text}')
+        lines.append(f'{name} """{text}"""')
+    for token_id in end_of_turn(files.base, tokenizer):
+        lines.append(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token_id)}"')
+    parameters = dict(
+        num_ctx=min(files.config.max_position_embeddings, 4096),
+        num_predict=files.settings.max_new_tokens,
+        temperature=0,
+        repeat_penalty=1,
+    )
+    lines += [f'PARAMETER {name} {value}' for name, value in parameters.items()]
+    return '\n'.join(lines) + '\n'
+
+# %% ../nbs/76_export.ipynb #7e000044
+MACHINE_SETTINGS = ('topics', 'constitution', 'api_cache')  # paths, which mean nothing elsewhere
+
+
+def _public_base(name):
+    "A base model's name without the way to it on this machine."
+    return Path(name).name if Path(name).is_absolute() or name.startswith(('.', '~')) else name
+
+
+def _write_json(path, values):
+    write_atomic(path, json.dumps(values, indent=1, ensure_ascii=False) + '\n')
+
+
+def _write_adapter(files, folder):
+    "The adapter as PEFT loads it."
+    weights = 'adapter_model.safetensors'
+    shutil.copyfile(files.adapter / weights, folder / weights)
+    files.tokenizer.save_pretrained(folder)
+    config = json.loads((files.adapter / 'adapter_config.json').read_text(encoding='utf8'))
+    config['base_model_name_or_path'] = _public_base(config['base_model_name_or_path'])
+    _write_json(folder / 'adapter_config.json', config)
+    training_file = files.adapter / 'training.json'
+    if training_file.is_file():
+        training = json.loads(training_file.read_text(encoding='utf8'))
+        training['settings'] |= dict.fromkeys(MACHINE_SETTINGS, '')
+        training['settings']['base_model'] = config['base_model_name_or_path']
+        _write_json(folder / 'training.json', training)
+
+
+def _write_merged(files, folder):
+    "The merged model as transformers loads it."
+    write_safetensors(folder / 'model.safetensors', files.weights, files.pairs())
+    files.tokenizer.save_pretrained(folder)
+    config = json.loads((files.base / 'config.json').read_text(encoding='utf8'))
+    for name in ('gguf_sha256', '_name_or_path', '_model_name_or_path'):
+        config.pop(name, None)
+    _write_json(folder / 'config.json', config)
+    generation = GenerationConfig(
+        bos_token_id=files.tokenizer.bos_token_id,
+        eos_token_id=end_of_turn(files.base, files.tokenizer),
+        pad_token_id=files.tokenizer.pad_token_id,
+    )
+    generation.save_pretrained(folder)
+
+# %% ../nbs/76_export.ipynb #7e000046
+FORMATS = ('adapter', 'merged', 'gguf', 'gguf-adapter', 'ollama')
+LORA_FILE = 'tutor-lora-f16.gguf'
+
+
+def export_size(
+    files: TutorFiles,
+    format: str,  # one of `FORMATS`
+    quantization: str = 'q8_0',  # a key of `QUANTIZATIONS`
+) -> int:  # bytes
+    "How much room an export takes, about. Raises `SocraticError` if it cannot be made."
+    n_adapter = (files.adapter / 'adapter_model.safetensors').stat().st_size
+    n_tokenizer = 100 * len(files.tokenizer)
+    if format == 'adapter':
+        return n_adapter + n_tokenizer
+    pairs = files.pairs()
+    if format == 'merged':
+        return sum(weight.nbytes for weight in files.weights) + n_tokenizer
+    check_architecture(files.config)
+    kind, _ = tokenizer_kind(files.tokenizer)
+    if format == 'ollama':
+        ollama_template(files.tokenizer, file_template(files.tokenizer, kind).text)
+    if format == 'gguf-adapter':
+        return n_adapter
+    planned = plan_tensors(files.config, files.weights, pairs, quantization)
+    return sum(tensor.nbytes for tensor in planned) + n_tokenizer
+
+
+def _check_disk(folder, n_bytes, report):
+    "Say how much room is needed. Raises `SocraticError` if it is not there."
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    report(f'{folder}: {n_bytes / 1e6:,.0f} MB to write, {free / 1e6:,.0f} MB free')
+    if n_bytes > free:
+        raise SocraticError(
+            f'{folder} needs {n_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free on its '
+            'disk: make room, or export to another folder'
+        )
+
+# %% ../nbs/76_export.ipynb #7e000048
+@contextmanager
+def _hidden_folder(folder):
+    "A folder beside another one; what is written there is moved into it when all of it is there."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f'.{folder.name}.*/'):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+    hidden.chmod(0o755)
+    try:
+        yield hidden
+        for path in hidden.iterdir():
+            path.chmod(0o644)
+            with open(path, 'rb+') as file:
+                os.fsync(file.fileno())
+        if not folder.exists():
+            os.replace(hidden, folder)
+        else:  # it may hold other files as well
+            for path in hidden.iterdir():
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        raise SocraticError(
+            f'{folder} cannot be written ({error.strerror or error}): make room, '
+            'or export to another folder'
+        ) from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _write_ollama(files, folder, quantization, base_gguf):
+    "A GGUF file and its Modelfile."
+    if base_gguf:
+        write_gguf_adapter(folder / LORA_FILE, files)
+        text = modelfile(files, str(Path(base_gguf).resolve()), f'./{LORA_FILE}')
+    else:
+        name = f'tutor-{quantization}.gguf'
+        write_gguf(folder / name, files, quantization)
+        text = modelfile(files, f'./{name}')
+    write_atomic(folder / 'Modelfile', text)
+
+# %% ../nbs/76_export.ipynb #7e00004a
+def export_tutor(
+    settings: Settings,  # the adapter's, see `adapter_settings`
+    adapter: str | Path,  # its folder
+    folder: str | Path,  # files of the same names there are replaced
+    format: str = 'merged',  # one of `FORMATS`
+    quantization: str = 'q8_0',  # a key of `QUANTIZATIONS`, for `gguf` and `ollama`
+    base_gguf: str | Path | None = None,  # `ollama`: take this base and the adapter alone
+    report=print,  # called with a line before the work and one after it
+) -> Path:  # what is loaded: a folder (`adapter`, `merged`), a GGUF file, or the Modelfile
+    """Export a tutor, for others to run.
+
+    Raises `SocraticError`, before anything is written, if there is too little room, or base,
+    adapter or tokenizer is of a kind that the format cannot hold."""
+    if format not in FORMATS or quantization not in QUANTIZATIONS:
+        raise SocraticError(
+            f'format={format!r}, quantization={quantization!r}: the formats are '
+            f'{", ".join(FORMATS)}, and the quantizations {", ".join(QUANTIZATIONS)}'
+        )
+    folder = Path(folder)
+    files = tutor_files(settings, adapter)
+    size_of = 'gguf-adapter' if base_gguf else format
+    _check_disk(folder, export_size(files, size_of, quantization), report)
+    loaded = {
+        'adapter': folder,
+        'merged': folder,
+        'gguf': folder / f'tutor-{quantization}.gguf',
+        'gguf-adapter': folder / LORA_FILE,
+        'ollama': folder / 'Modelfile',
+    }[format]
+    started = time.monotonic()
+    with _hidden_folder(folder) as hidden:
+        if format == 'adapter':
+            _write_adapter(files, hidden)
+        elif format == 'merged':
+            _write_merged(files, hidden)
+        elif format == 'gguf':
+            write_gguf(hidden / loaded.name, files, quantization)
+        elif format == 'gguf-adapter':
+            write_gguf_adapter(hidden / loaded.name, files)
+        else:
+            _write_ollama(files, hidden, quantization, base_gguf)
+    report(f'{loaded}: written in {time.monotonic() - started:.0f} s')
+    return loaded
+
+# %% ../nbs/76_export.ipynb #7e00004e
+def tokens_per_second(
+    answers: list[dict],  # with `reply` and `seconds`
+) -> float:
+    "The speed of replies, from their first token on."
+    seconds = sum(answer['seconds'] for answer in answers)
+    return sum(max(0, len(answer['reply']) - 1) for answer in answers) / max(seconds, 1e-9)
+
+
+def _measured(name, loader, path, expected, answers, choices):
+    "A row of the table of formats."
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    found = agreement(expected, answers)
+    return {
+        'format': name,
+        'loaded by': loader,
+        'MB': sum(file.stat().st_size for file in files) / 1e6,
+        'equal prompts': f'{found["prompts"]} of {found["conversations"]}',
+        'equal replies': f'{found["replies"]} of {found["conversations"]}',
+        'next token': agreement(expected, choices)['tokens'],
+        'tokens/s': tokens_per_second(answers),
+    }
+
+
+def merged_tutor(
+    folder: Path,  # of a merged export
+    settings: Settings,
+) -> Tutor:
+    "The merged model as transformers loads it, as a tutor without an adapter."
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype='auto')
+    return Tutor(model, AutoTokenizer.from_pretrained(folder), settings)
+
+# %% ../nbs/76_export.ipynb #7e00004f
+def measure_export(
+    settings: Settings,  # the adapter's
+    adapter: str | Path,  # its folder
+    conversations: list[list[dict]],  # messages with a system prompt, ending with the student's
+    folder: Path,  # where the exports go
+    max_new_tokens: int = 32,
+    threads: int = 1,  # of llama.cpp; torch has its own
+    report=print,  # see `export_tutor`
+) -> list[dict]:  # a row a format
+    """Export a tutor in each format and compare it with base and adapter in float32.
+
+    Raises `SocraticError` if llama.cpp is not there."""
+    unrounded = dict(dtype='float32', device='cpu', quantize='none')
+    exact = Tutor.load(settings.model_copy(update=unrounded), adapter)
+    expected = tutor_replies(exact, conversations, max_new_tokens)
+    del exact
+    rows = []
+    here = {'adapter': 'this project, PEFT', 'merged': 'transformers, vLLM'}
+    for name, loader in here.items():
+        path = export_tutor(settings, adapter, folder / name, name, report=report)
+        is_adapter = name == 'adapter'
+        loaded = Tutor.load(settings, adapter) if is_adapter else merged_tutor(path, settings)
+        arm = 'tuned' if is_adapter else 'base'
+        answers = tutor_replies(loaded, conversations, max_new_tokens, arm)
+        choices = tutor_choices(loaded, expected, arm)
+        rows.append(_measured(name, loader, path, expected, answers, choices))
+    forced = [answer['reply'] for answer in expected]
+    for quantization in QUANTIZATIONS:
+        ggufs = folder / 'gguf'
+        path = export_tutor(settings, adapter, ggufs, 'gguf', quantization, report=report)
+        asked = dict(file=path, conversations=conversations, threads=threads)
+        answers = llama_cpp_replies(max_new_tokens=max_new_tokens, **asked)
+        choices = llama_cpp_replies(forced=forced, max_new_tokens=max_new_tokens, **asked)
+        loader = 'llama.cpp, Ollama, LM Studio'
+        rows.append(_measured(f'gguf {quantization}', loader, path, expected, answers, choices))
+    return rows
+
+# %% ../nbs/76_export.ipynb #7e000050
+FOLLOW_UP = (  # a second exchange, for every third conversation
+    ('assistant', 'What do you know about it already?'),
+    ('user', 'Not much, I think. Where do I begin?'),
+)
+
+
+def sample_conversations(
+    settings: Settings,  # `system_prompt`
+    n: int = 20,
+) -> list[list[dict]]:  # messages, ending with the student's
+    "Conversations about held-out topics to compare replies on, every third with two questions."
+    conversations = []
+    for i, topic in enumerate(load_topics().heldout[:n]):
+        turns = [('system', settings.system_prompt), ('user', topic.asks[0])]
+        turns += FOLLOW_UP if i % 3 == 0 else ()
+        conversations.append([dict(role=role, content=content) for role, content in turns])
+    return conversations
+
+# %% ../nbs/76_export.ipynb #7e000056
+def compare_speed(
+    tutor: Tutor,
+    files: dict[str, Path],  # GGUF files by name
+    conversations: list[list[dict]],
+    max_new_tokens: int = 64,
+    repeats: int = 3,  # of which the best counts
+    threads: int = 1,  # of llama.cpp
+) -> dict[str, float]:  # tokens a second by name; ours is `here`
+    "The speed of greedy replies here and in llama.cpp, measured in turns."
+    speeds = {'here': []} | {name: [] for name in files}
+    for _ in range(repeats):
+        answers = tutor_replies(tutor, conversations, max_new_tokens, tutor.arms[-1])
+        speeds['here'].append(tokens_per_second(answers))
+        for name, file in files.items():
+            answers = llama_cpp_replies(file, conversations, max_new_tokens, threads=threads)
+            speeds[name].append(tokens_per_second(answers))
+    return {name: max(measured) for name, measured in speeds.items()}
