@@ -363,6 +363,28 @@ DRAWINGS = {
         ],
         size=(7.7, 7.2),
     ),
+    'export': Drawing(
+        boxes=dict(
+            base=(1, 1, 'base\nsafetensors', 'file'),
+            adapter=(1, 4, 'adapter/', 'file'),
+            merge=(3, 1, 'merge,\nrow by row', 'stage'),
+            merged=(5.2, 1, 'merged/', 'good'),
+            gguf=(5.2, 2.6, 'tutor-q8_0.gguf\ntokenizer, template', 'good'),
+            lora=(5.2, 4, 'tutor-lora-f16.gguf', 'good'),
+            ollama=(5.2, 5.6, 'Modelfile\ntemplate in Go', 'good'),
+            check=(7.1, 2.6, 'llama.cpp:\nsame words?', 'stage'),
+        ),
+        arrows=[
+            'base > merge',
+            'adapter > merge',
+            'merge > merged',
+            'merge > gguf',
+            'adapter > lora',
+            'gguf > check',
+            'adapter > ollama',
+        ],
+        size=(8, 6.6),
+    ),
     'lessons': Drawing(
         boxes=dict(
             change=(1, 1.2, 'one change in\nthe reference', 'file'),

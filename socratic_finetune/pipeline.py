@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'SENTENCES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 
            'profile_for', 'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings',
            'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
            'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'serve_command', 'format_agreement',
-           'judge_command', 'report_command', 'push_command', 'pocket_command', 'main']
+           'judge_command', 'report_command', 'export_command', 'push_command', 'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -37,6 +37,7 @@ from socratic_finetune.config import (
     check_base_model,
     data_path,
     read_jsonl,
+    run_folder,
     runs_dir,
     settings_for,
     settings_in,
@@ -965,6 +966,34 @@ def report_command(
     _print_headings(rows_file.describe())
     _print_headings(dataset_report(rows_file.rows).items())
     _print_headings(describe_encoding(rows_file, settings, line))
+
+# %% ../nbs/14_pipeline.ipynb #e4900001
+@app.command('export')
+def export_command(
+    run: RunName = 'demo',
+    format: Annotated[
+        str, flag('format', 'adapter, merged, gguf, gguf-adapter or ollama')
+    ] = 'merged',
+    quantization: Annotated[str, flag('quantization', 'of gguf and ollama: q8_0 or f16')] = 'q8_0',
+    model_dir: AdapterFolder = None,
+    base_model: BaseModelName = None,
+    base_gguf: Annotated[
+        Path | None, flag('base_gguf', 'ollama: take this base and export the adapter alone')
+    ] = None,
+    output_dir: Annotated[
+        Path | None, flag('output_dir', 'folder; default: export/FORMAT in the run folder')
+    ] = None,
+    overrides: Overrides = None,
+):
+    "The tutor for others to run: transformers, llama.cpp, Ollama, LM Studio."
+    from socratic_finetune.export import export_tutor
+
+    r = Run(run_folder(run), None)
+    adapter = model_dir or r.input('adapter', 'pocket/adapter')
+    changes = parse_settings(overrides)
+    settings = adapter_settings(adapter, base_model=base_model, **changes)
+    folder = short_path(output_dir or r.path('export', format))
+    export_tutor(settings, adapter, folder, format, quantization, base_gguf)
 
 # %% ../nbs/14_pipeline.ipynb #5e7e1403
 @app.command('push')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'FIELDS', 'MAX_BODY', 'MAX_DISCARDED', 'RequestError', 'TextPart', 'Message', 'StreamOptions',
            'ChatRequest', 'read_request', 'StopFilter', 'Job', 'write_reply', 'Scheduler', 'Handler', 'whole_reply',
-           'stream_events', 'is_this_machine', 'TutorServer', 'run_server']
+           'stream_events', 'is_this_machine', 'TutorServer', 'print_line', 'run_server']
 
 # %% ../nbs/75_server.ipynb #75aa0004
 import ipaddress
@@ -18,7 +18,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -727,12 +726,19 @@ def close(self: TutorServer) -> None:
     self.scheduler.close()
 
 # %% ../nbs/75_server.ipynb #75aa0046
+def print_line(
+    line: str,
+) -> None:
+    "Print a line, and at once, even into a file."
+    print(line, flush=True)
+
+
 def run_server(
     load: Callable,  # returns the tutor
     host: str = '127.0.0.1',
     port: int = 8000,
     base: bool = False,  # serve the base model too
-    report: Callable = partial(print, flush=True),  # called with a line for each reply
+    report: Callable = print_line,  # called with a line for each reply
 ) -> None:
     """Serve a tutor until Ctrl-C.
 
