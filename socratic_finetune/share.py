@@ -6,8 +6,8 @@
 __all__ = ['LICENCES', 'TRY', 'OWN_DATA', 'RESULTS', 'FORMS', 'SECRET_NAME', 'literal', 'plain', 'markdown_table', 'score_table',
            'eval_results', 'pick_replies', 'transcript', 'worst_dialogue', 'base_licence', 'is_on_hub',
            'transformers_code', 'cyllama_code', 'shell_code', 'describe_data', 'model_card', 'shared_dataset_card',
-           'portable_metadata', 'stage_model', 'stage_dataset', 'list_files', 'find_leaks', 'check_leaks', 'check_repo',
-           'push', 'Plan', 'plan_push']
+           'portable', 'portable_metadata', 'copy_adapter', 'stage_model', 'stage_dataset', 'list_files', 'find_leaks',
+           'check_leaks', 'check_repo', 'push', 'Plan', 'plan_push']
 
 # %% ../nbs/13_share.ipynb #13aa0004
 import json
@@ -33,7 +33,6 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -480,24 +479,53 @@ RESULTS = (
 )
 
 
+def portable(
+    values: dict,  # settings by name
+) -> dict:
+    "The same values; of a path of this machine only its last part."
+    kept = {}
+    for name, value in values.items():
+        is_local = isinstance(value, str) and '/' in value and is_path(value)
+        kept[name] = Path(value).name if is_local else value
+    return kept
+
+
 def portable_metadata(
     run: Run,
 ) -> dict:
     "What `run.json` holds, without paths of this machine and without errors."
     metadata = run.metadata
-    settings = {}
-    for name, value in metadata['settings'].items():
-        is_local = isinstance(value, str) and '/' in value and is_path(value)
-        settings[name] = Path(value).name if is_local else value
     stages = {}
     for name, entry in metadata['stages'].items():
         stages[name] = {key: value for key, value in entry.items() if key != 'error'}
+    settings = portable(metadata['settings'])
     return dict(settings=settings, versions=metadata['versions'], stages=stages)
 
 # %% ../nbs/13_share.ipynb #13aa0043
 def _fresh(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return folder
+
+
+def _write_json(path, values):
+    write_atomic(path, json.dumps(values, indent=1, ensure_ascii=False) + '\n')
+
+
+def copy_adapter(
+    adapter: Path,
+    folder: Path,
+) -> None:
+    "Copy what others need of an adapter, without paths of this machine."
+    folder.mkdir(parents=True)
+    for pattern in ('adapter_model.safetensors', 'token*', 'special_tokens*', '*.jinja'):
+        for path in adapter.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((adapter / 'adapter_config.json').read_text(encoding='utf8'))
+    _write_json(folder / 'adapter_config.json', portable(config))
+    if (adapter / 'training.json').is_file():
+        training = json.loads((adapter / 'training.json').read_text(encoding='utf8'))
+        training['settings'] = portable(training.get('settings', {}))
+        _write_json(folder / 'training.json', training)
 
 
 def _copy_exports(run, folder):
@@ -525,17 +553,16 @@ def stage_model(
         raise SocraticError(f'{adapter} holds no adapter: run the finetune stage first')
     folder = _fresh(run.path('share', 'model'))
     if is_on_hub(run.settings.base_model):
-        export_tutor(run.settings, adapter, folder, 'adapter', report=report)
+        copy_adapter(adapter, folder)
     else:
         export_tutor(run.settings, adapter, folder, 'merged', report=report)
-        export_tutor(run.settings, adapter, folder / 'adapter', 'adapter', report=report)
+        copy_adapter(adapter, folder / 'adapter')
     _copy_exports(run, folder)
     (folder / 'results').mkdir()
     for name in RESULTS:
         if run.path(name).is_file():
             shutil.copyfile(run.path(name), folder / 'results' / name)
-    text = json.dumps(portable_metadata(run), indent=1, ensure_ascii=False)
-    write_atomic(folder / 'results' / 'run.json', text + '\n')
+    _write_json(folder / 'results' / 'run.json', portable_metadata(run))
     write_atomic(folder / 'README.md', str(model_card(run, repo, folder, licence)))
     return folder
 
@@ -548,8 +575,7 @@ def stage_dataset(
     rows, _ = read_jsonl(run.path('sft.jsonl'))
     folder = _fresh(run.path('share', 'dataset'))
     write_atomic(folder / 'sft.jsonl', run.path('sft.jsonl').read_bytes())
-    report = json.dumps(dataset_report(rows), indent=1, ensure_ascii=False)
-    write_atomic(folder / 'dataset_report.json', report + '\n')
+    _write_json(folder / 'dataset_report.json', dataset_report(rows))
     write_atomic(folder / 'README.md', str(shared_dataset_card(run, rows, licence)))
     return folder
 
@@ -679,7 +705,7 @@ def push(
             commit_message=f'A {kind} by Socratic Finetune',
             repo_type=kind,
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:  # which those of the Hub are too
         raise _hub_error(error, repo, api.endpoint) from None
     except ValueError as error:  # the Hub does not like the card
         raise SocraticError(f'the Hub refused: {str(error).strip()[:300]}') from None

@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.refuse = None  # a status for every request that would write
         self.dies_after = None  # so many uploads
         self.is_dead = False
+        self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -132,6 +133,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload(self, body, oid):
         hub = self.server
+        with hub.lock:
+            self._upload(hub, body, oid)
+
+    def _upload(self, hub, body, oid):
         if hub.dies_after is not None and len(hub.uploads) >= hub.dies_after:
             hub.is_dead = True
             self.close_connection = True
@@ -173,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
         files = self.server.repos.get(name)
         if files is None:
             return self.answer(dict(error='no'), 404, X_Error_Code='RepoNotFound')
-        found = [p for p in files if p.startswith(folder.strip('/'))]
+        found = [p for p in files if p.startswith((folder or '').strip('/'))]
         if not found:
             return self.answer(dict(error='no'), 404, X_Error_Code='EntryNotFound')
         rows = [dict(type='file', path=p, size=len(files[p]), oid=git_id(files[p])) for p in found]

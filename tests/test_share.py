@@ -59,6 +59,9 @@ def make_run(folder, **changes):
     "A run that looks as if it had been trained, evaluated and talked with."
     run = Run.open(f'{folder}/shared', settings_for('pocket', **changes))
     shutil.copytree(data_path('pocket', 'adapter'), run.path('adapter'))
+    config = run.path('adapter', 'adapter_config.json')
+    about = json.loads(config.read_text()) | dict(base_model_name_or_path=run.settings.base_model)
+    config.write_text(json.dumps(about))
     scores = reply_rows({'base': 0.1, 'prompted': 0.2, 'tuned': 0.8})
     scores.to_csv(run.path('eval_scores.csv'), index=False)
     controls = reply_rows({'constant bot': 0.15})
@@ -76,6 +79,12 @@ def bundled_rows():
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path)
+
+
+@pytest.fixture
+def light(tmp_path):
+    "The same on a base that is on the Hub, whose adapter alone is pushed."
+    return make_run(tmp_path, base_model='them/base')
 
 
 @pytest.fixture
@@ -186,7 +195,7 @@ def test_a_run_without_an_evaluation_says_so(run):
         run.path(name).unlink()
     card = model_card(run, 'me/tutor', run.folder)
     assert 'this run was not evaluated' in card.text
-    assert 'What it says' not in card.text and 'control' not in card.text
+    assert '## What it says' not in card.text and 'control' not in card.text
     assert 'model-index' not in card.data.to_dict()
 
 
@@ -237,9 +246,6 @@ def test_a_folder_of_this_machine_is_no_name_for_others(tmp_path):
     base = tmp_path / 'my_base'
     shutil.copytree(data_path('pocket', 'base'), base)
     run = make_run(tmp_path, base_model=str(base))
-    config = run.path('adapter', 'adapter_config.json')
-    text = json.loads(config.read_text()) | dict(base_model_name_or_path=str(base))
-    config.write_text(json.dumps(text))
     plan = plan_push(run, 'me/tutor')
     assert 'model.safetensors' in list_files(plan.folder)
     card = ModelCard.load(plan.folder / 'README.md')
@@ -285,8 +291,8 @@ def test_this_machines_own_secrets_and_folders_are_known(tmp_path, monkeypatch):
 # --- the push
 
 
-def test_a_push_is_one_commit_of_what_was_shown(run, hub):
-    plan = plan_push(run, 'me/tutor')
+def test_a_push_is_one_commit_of_what_was_shown(light, hub):
+    plan = plan_push(light, 'me/tutor')
     assert not hub.repos, 'the plan sent something'
     url = push(plan.folder, plan.repo)
     assert url.startswith(f'{hub.address}/me/tutor/commit/')
@@ -299,17 +305,17 @@ def test_a_push_is_one_commit_of_what_was_shown(run, hub):
     assert len(hub.commits) == 1, 'nothing had changed'
 
 
-def test_a_dataset_goes_to_a_dataset_repository(run, hub):
-    plan = plan_push(run, 'me/rows', dataset=True)
+def test_a_dataset_goes_to_a_dataset_repository(light, hub):
+    plan = plan_push(light, 'me/rows', dataset=True)
     push(plan.folder, plan.repo, plan.kind, public=True)
     files = hub.repos['datasets/me/rows']
     assert set(files) == {'README.md', 'dataset_report.json', 'sft.jsonl'}
-    assert files['sft.jsonl'] == run.path('sft.jsonl').read_bytes()
+    assert files['sft.jsonl'] == light.path('sft.jsonl').read_bytes()
     assert not hub.private['datasets/me/rows']
 
 
-def test_a_push_that_dies_half_way_goes_on_where_it_stopped(run, hub):
-    plan = plan_push(run, 'me/tutor')
+def test_a_push_that_dies_half_way_goes_on_where_it_stopped(light, hub):
+    plan = plan_push(light, 'me/tutor')
     hub.dies_after = 1
     with pytest.raises(SocraticError, match='the same command goes on where it stopped'):
         push(plan.folder, plan.repo)
@@ -323,8 +329,8 @@ def test_a_push_that_dies_half_way_goes_on_where_it_stopped(run, hub):
     assert set(hub.repos['me/tutor']) == set(list_files(plan.folder))
 
 
-def test_who_may_not_write_is_told_what_to_do(run, hub, monkeypatch):
-    folder = stage_model(run, 'me/tutor')
+def test_who_may_not_write_is_told_what_to_do(light, hub, monkeypatch):
+    folder = stage_model(light, 'me/tutor')
     hub.refuse = 403
     with pytest.raises(SocraticError, match='may not write to me/tutor'):
         push(folder, 'me/tutor')
@@ -343,9 +349,9 @@ def test_without_a_token_nothing_is_asked(run, hub, logged_out):
 
 
 @pytest.mark.parametrize('repo', ['', 'a b', 'a/b/c', '-x', 'a..b', '../a', 'x' * 200])
-def test_a_name_that_is_none(run, repo):
+def test_a_name_that_is_none(light, repo):
     with pytest.raises(SocraticError, match='--repo'):
-        plan_push(run, repo)
+        plan_push(light, repo)
 
 
 # --- the command
@@ -355,27 +361,29 @@ def call(*args):
     return CliRunner().invoke(app, ['push', *map(str, args)])
 
 
-def test_the_command_shows_first_and_sends_when_told(run, hub):
-    shown = call('--run', f'{run.folder}', '--repo', 'me/tutor')
+def test_the_command_shows_first_and_sends_when_told(light, hub):
+    shown = call('--run', f'{light.folder}', '--repo', 'me/tutor')
     assert shown.exit_code == 0, shown.exception
     assert 'nothing was sent' in shown.output and '--yes' in shown.output
-    for name, size in list_files(run.path('share', 'model')).items():
+    for name, size in list_files(light.path('share', 'model')).items():
         assert re.search(rf'{size:,} +{re.escape(name)}\n', shown.output), name
     assert not hub.repos
-    sent = call('--run', f'{run.folder}', '--repo', 'me/tutor', '--yes')
+    sent = call('--run', f'{light.folder}', '--repo', 'me/tutor', '--yes')
     assert sent.exit_code == 0, sent.exception
     assert hub.address in sent.output and len(hub.commits) == 1
 
 
-def test_the_command_says_what_is_wrong_in_words(run, tmp_path):
+def test_the_command_says_what_is_wrong_in_words(light, tmp_path):
     empty = Run.open(f'{tmp_path}/empty', settings_for('pocket'))
     done = call('--run', f'{empty.folder}', '--repo', 'me/tutor')
     assert isinstance(done.exception, SocraticError) and 'holds no adapter' in str(done.exception)
-    table = run.path('eval_scores.csv')
+    table = light.path('eval_scores.csv')
     table.write_text(table.read_text() + f'tuned,a,b,{PLANTED["an API key"]},1,1,,\n')
-    done = call('--run', f'{run.folder}', '--repo', 'me/tutor', '--yes')
+    done = call('--run', f'{light.folder}', '--repo', 'me/tutor', '--yes')
     assert 'results/eval_scores.csv holds an API key' in str(done.exception)
-    done = call('--run', f'{run.folder}', '--repo', 'me/t', '--exclude', 'results/eval_scores.csv')
+    done = call(
+        '--run', f'{light.folder}', '--repo', 'me/t', '--exclude', 'results/eval_scores.csv'
+    )
     assert 'README.md holds an API key' in str(done.exception)  # the card quotes it
 
 
@@ -407,9 +415,6 @@ def test_the_lines_of_the_card_run_elsewhere(tmp_path, hub):
     export_tutor(merged.settings, adapter, folder, 'ollama', report=lambda line: None)
     hub.add('them/base', data_path('pocket', 'base'))
     onto_hub = make_run(tmp_path / 'other', base_model='them/base')
-    config = onto_hub.path('adapter', 'adapter_config.json')
-    text = json.loads(config.read_text()) | dict(base_model_name_or_path='them/base')
-    config.write_text(json.dumps(text))
     codes = []
     for run, repo in ((merged, 'me/merged'), (onto_hub, 'me/adapter')):
         plan = plan_push(run, repo)
