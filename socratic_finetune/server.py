@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSUPPORTED', 'FIELDS', 'MAX_BODY', 'MAX_DISCARDED', 'RequestError', 'TextPart', 'Message', 'StreamOptions',
-           'ChatRequest', 'read_request', 'StopFilter', 'Job', 'write_reply', 'Scheduler', 'Handler', 'whole_reply',
-           'stream_events', 'is_this_machine', 'TutorServer', 'print_line', 'run_server']
+           'ChatRequest', 'read_request', 'StopFilter', 'Job', 'write_reply', 'Scheduler', 'Handler', 'is_this_machine',
+           'whole_reply', 'stream_events', 'TutorServer', 'print_line', 'run_server']
 
 # %% ../nbs/75_server.ipynb #75aa0004
 import ipaddress
@@ -408,6 +408,16 @@ def send_error(
     self.send_json(code, RequestError(words[:200], code).body)
 
 
+def is_this_machine(
+    host: str,  # a name or an address to listen at
+) -> bool:
+    "Whether nobody on another machine can connect to it."
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == 'localhost'
+
+
 @patch
 def check_origin(self: Handler) -> None:
     "Raises `RequestError` for requests that a foreign web page may have sent."
@@ -559,7 +569,7 @@ def send_stream(
     else:
         self.wfile.write(b'data: [DONE]\n\n')
 
-
+# %% ../nbs/75_server.ipynb #75aa0053
 @patch
 def complete(self: Handler) -> None:
     "Answer a request for a chat completion."
@@ -631,16 +641,6 @@ def answer(self: Handler) -> None:
 Handler.do_GET = Handler.do_POST = Handler.answer
 
 # %% ../nbs/75_server.ipynb #75aa0038
-def is_this_machine(
-    host: str,  # a name or an address to listen at
-) -> bool:
-    "Whether nobody on another machine can connect to it."
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == 'localhost'
-
-
 class TutorServer(ThreadingHTTPServer):
     "An OpenAI-compatible server of a tutor."
 

