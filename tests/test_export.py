@@ -124,7 +124,7 @@ def test_llama_cpp_says_the_same(family, kind, wheel, tmp_path):
 
 def test_a_file_that_was_exported_can_be_a_base(tmp_path, monkeypatch):
     monkeypatch.setenv('SOCRATIC_CACHE', str(tmp_path / 'cache'))
-    model, tokenizer = make_model(tmp_path / 'base', 'qwen2', 'gpt2')
+    model, tokenizer = make_model(tmp_path / 'base', 'llama', 'gpt2')
     adapter = add_adapter(tmp_path / 'base', tmp_path / 'adapter', tokenizer)
     chosen, tutor = tutor_of(tmp_path / 'base', adapter)
     file = export.export_tutor(chosen, adapter, tmp_path, 'gguf', 'f16', report=quiet)
@@ -253,7 +253,7 @@ def test_the_adapter_alone_is_what_merging_adds(wheel, tmp_path):
 
 
 def go(template, values):
-    "What Go makes of a template of ours: `if`, `else if`, `else`, `range`, `end`, fields, strings."
+    "What Go makes of a template of ours: `if`, `else`, `range`, `end`, fields and strings."
     pieces = re.split(r'\{\{ (.*?) \}\}', template)
     steps = [(kind, piece) for i, piece in enumerate(pieces) for kind in [('text', 'do')[i % 2]]]
 
