@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LICENCES', 'TRY', 'OWN_DATA', 'RESULTS', 'FORMS', 'SECRET_NAME', 'literal', 'plain', 'markdown_table', 'score_table',
-           'eval_results', 'pick_replies', 'transcript', 'worst_dialogue', 'base_licence', 'is_on_hub',
+           'eval_results', 'pick_replies', 'transcript', 'worst_dialogue', 'base_licence', 'is_on_hub', 'fenced',
            'transformers_code', 'cyllama_code', 'shell_code', 'describe_data', 'model_card', 'shared_dataset_card',
            'portable', 'portable_metadata', 'copy_adapter', 'stage_model', 'stage_dataset', 'list_files', 'find_leaks',
            'check_leaks', 'check_repo', 'push', 'Plan', 'plan_push']
@@ -226,6 +226,11 @@ def is_on_hub(
 TRY = 'Why is the sky blue?'
 
 
+def fenced(language: str, code: str) -> str:
+    "A block of code in Markdown."
+    return f'```{language}\n{code}\n```'
+
+
 def transformers_code(
     repo: str,
     system: str,  # the system prompt
@@ -240,7 +245,7 @@ messages = [{system_turn}, {json.dumps(dict(role='user', content=TRY))}]
 reply = tutor(messages, max_new_tokens={max_new_tokens}, do_sample=False)
 print(reply[0]['generated_text'][-1]['content'])"""
 
-
+# %% ../nbs/13_share.ipynb #13aa0046
 def cyllama_code(repo: str, gguf: str, system: str, max_new_tokens: int) -> str:
     "Python that replies to a question, by llama.cpp."
     system_turn = json.dumps(dict(role='system', content=system), ensure_ascii=False)
@@ -408,6 +413,7 @@ def model_card(
     gguf = next((path.name for path in sorted(folder.glob('*.gguf'))), '')
     title = repo.rpartition('/')[2]
     arguments = (settings.system_prompt, settings.max_new_tokens)
+    commands = shell_code(repo, gguf, settings.system_prompt)
     return ModelCard.from_template(
         _front_matter(run, title, licence, scores),
         template_path=str(data_path('model_card.md')),
@@ -416,11 +422,11 @@ def model_card(
         version=versions()['socratic_finetune'],
         date=run.metadata['stages'].get('evaluate', {}).get('started_at', 'an unknown day')[:10],
         system_prompt='\n\n' + literal(settings.system_prompt),
-        transformers_code=transformers_code(repo, *arguments),
+        transformers_code=fenced('python', transformers_code(repo, *arguments)),
         gguf=gguf,
-        cyllama_code=cyllama_code(repo, gguf, *arguments),
+        cyllama_code=fenced('python', cyllama_code(repo, gguf, *arguments)),
         ollama=(folder / 'Modelfile').is_file(),
-        **shell_code(repo, gguf, settings.system_prompt),
+        **{name: fenced('sh', code) for name, code in commands.items()},
         data=describe_data(run),
         trained=_trained(run),
         settings_table=_settings_table(settings),
