@@ -228,6 +228,8 @@ def check_architecture(
         reasons.append('only a part of each head is rotated')
     if getattr(config, 'use_sliding_window', False):
         reasons.append('it has a sliding window')
+    if getattr(config, 'hidden_act', 'silu') != 'silu':
+        reasons.append(f'its activation is {config.hidden_act}')
     if reasons:
         raise SocraticError(
             f'this base model cannot be written as GGUF here ({", ".join(reasons)}): '
@@ -391,7 +393,9 @@ def _token_types(tokenizer, kind, tokens):
     added = tokenizer.added_tokens_decoder
     types = []
     for i, token in enumerate(tokens):
-        if i in added and kind == 'llama' and token == tokenizer.unk_token:
+        if token is None:
+            types.append(gguf.TokenType.UNUSED)
+        elif i in added and kind == 'llama' and token == tokenizer.unk_token:
             types.append(gguf.TokenType.UNKNOWN)
         elif i in added:
             special = added[i].special
@@ -422,7 +426,7 @@ class FileTemplate:
     add_bos: bool  # one BOS token in front
     add_space: bool  # a space in front, and behind each special token
 
-
+# %% ../nbs/76_export.ipynb #7e0000b3
 def file_template(
     tokenizer,  # with the chat template of the training
     kind: str,  # `gpt2` or `llama`
@@ -488,19 +492,29 @@ def end_of_turn(
     return list(dict.fromkeys([tokenizer.eos_token_id, *found]))
 
 
+def _tokens(tokenizer, vocab_size):
+    "The text of each token that has an embedding; None where there is no such token."
+    if len(tokenizer) > vocab_size:
+        raise SocraticError(
+            f'the tokenizer has {len(tokenizer)} tokens, and the base model embeddings for '
+            f'{vocab_size}: use the tokenizer that belongs to it'
+        )
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return tokens + [None] * (vocab_size - len(tokens))
+
+# %% ../nbs/76_export.ipynb #7e0000d2
 def _add_tokenizer(writer, tokenizer, vocab_size, ends):
     "A tokenizer and its chat template, as metadata."
     kind, rule = tokenizer_kind(tokenizer)
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    types = _token_types(tokenizer, kind, tokens)
-    unused = [f'[PAD{i}]' for i in range(len(tokens), vocab_size)]  # embeddings without a token
+    found = _tokens(tokenizer, vocab_size)
+    tokens = [f'[PAD{i}]' if token is None else token for i, token in enumerate(found)]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(rule)
-    writer.add_token_list([*tokens, *unused])
-    writer.add_token_types([*types, *[gguf.TokenType.UNUSED] * len(unused)])
+    writer.add_token_list(tokens)
+    writer.add_token_types(_token_types(tokenizer, kind, found))
     template = file_template(tokenizer, kind)
     if kind == 'llama':
-        writer.add_token_scores(_scores(tokenizer, [*tokens, *unused]))
+        writer.add_token_scores(_scores(tokenizer, tokens))
         writer.add_add_space_prefix(template.add_space)
     else:
         merges = json.loads(tokenizer.backend_tokenizer.to_str())['model']['merges']
@@ -627,8 +641,7 @@ for messages, forced in zip(task['conversations'], task['forced']):
         reply.append(token)
         following = token if forced is None else forced[len(reply) - 1]
         context.decode(api.llama_batch_get_one([following], len(prompt) + len(reply) - 1))
-    seconds = time.perf_counter() - started
-    answers.append(dict(prompt=prompt, reply=reply, seconds=seconds))
+    answers.append(dict(prompt=prompt, reply=reply, seconds=time.perf_counter() - started))
 print()
 print(json.dumps(answers))
 """
@@ -651,7 +664,7 @@ def llama_cpp_replies(
     Raises `SocraticError` if cyllama is not installed, or llama.cpp refuses the file."""
     if find_spec('cyllama') is None:
         raise SocraticError(
-            f'llama.cpp is not there: pip install --no-deps "{LLAMA_CPP_WHEEL}", a wheel of 16 MB'
+            f'llama.cpp is not there: pip install "{LLAMA_CPP_WHEEL}", a wheel of 16 MB'
         )
     task = dict(file=str(file), lora=lora and str(lora), conversations=conversations)
     task |= dict(max_new_tokens=max_new_tokens, threads=threads)
@@ -685,7 +698,7 @@ def tutor_replies(
         answers.append(dict(prompt=prompt, reply=reply, seconds=seconds))
     return answers
 
-
+# %% ../nbs/76_export.ipynb #7e0000b5
 @torch.inference_mode()
 def tutor_choices(
     tutor: Tutor,
@@ -850,7 +863,7 @@ def _write_adapter(files, folder):
         training['settings']['base_model'] = config['base_model_name_or_path']
         _write_json(folder / 'training.json', training)
 
-
+# %% ../nbs/76_export.ipynb #7e0000b7
 def _write_merged(files, folder):
     "The merged model as transformers loads it."
     write_safetensors(folder / 'model.safetensors', files.weights, files.pairs())
@@ -935,7 +948,7 @@ def _hidden_folder(folder):
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
-
+# %% ../nbs/76_export.ipynb #7e0000b8
 def _write_ollama(files, folder, quantization, base_gguf):
     "A GGUF file and its Modelfile."
     if base_gguf:
@@ -946,6 +959,25 @@ def _write_ollama(files, folder, quantization, base_gguf):
         write_gguf(folder / name, files, quantization)
         text = modelfile(files, f'./{name}')
     write_atomic(folder / 'Modelfile', text)
+
+
+def _write_files(files, folder, format, quantization, base_gguf):
+    "Write a format's files; returns the name of the one that is loaded, if it is one file."
+    if format == 'adapter':
+        _write_adapter(files, folder)
+        return ''
+    if format == 'merged':
+        _write_merged(files, folder)
+        return ''
+    if format == 'gguf-adapter':
+        write_gguf_adapter(folder / LORA_FILE, files)
+        return LORA_FILE
+    if format == 'ollama':
+        _write_ollama(files, folder, quantization, base_gguf)
+        return 'Modelfile'
+    name = f'tutor-{quantization}.gguf'
+    write_gguf(folder / name, files, quantization)
+    return name
 
 # %% ../nbs/76_export.ipynb #7e00004a
 def export_tutor(
@@ -970,25 +1002,10 @@ def export_tutor(
     files = tutor_files(settings, adapter)
     size_of = 'gguf-adapter' if base_gguf else format
     _check_disk(folder, export_size(files, size_of, quantization), report)
-    loaded = {
-        'adapter': folder,
-        'merged': folder,
-        'gguf': folder / f'tutor-{quantization}.gguf',
-        'gguf-adapter': folder / LORA_FILE,
-        'ollama': folder / 'Modelfile',
-    }[format]
     started = time.monotonic()
     with _hidden_folder(folder) as hidden:
-        if format == 'adapter':
-            _write_adapter(files, hidden)
-        elif format == 'merged':
-            _write_merged(files, hidden)
-        elif format == 'gguf':
-            write_gguf(hidden / loaded.name, files, quantization)
-        elif format == 'gguf-adapter':
-            write_gguf_adapter(hidden / loaded.name, files)
-        else:
-            _write_ollama(files, hidden, quantization, base_gguf)
+        name = _write_files(files, hidden, format, quantization, base_gguf)
+    loaded = folder / name
     report(f'{loaded}: written in {time.monotonic() - started:.0f} s')
     return loaded
 
