@@ -570,7 +570,7 @@ def stage_model(
         if run.path(name).is_file():
             shutil.copyfile(run.path(name), folder / 'results' / name)
     _write_json(folder / 'results' / 'run.json', portable_metadata(run))
-    write_atomic(folder / 'README.md', str(model_card(run, repo, folder, licence)))
+    write_atomic(folder / 'README.md', f'{model_card(run, repo, folder, licence)}\n')
     return folder
 
 # %% ../nbs/13_share.ipynb #13aa0044
@@ -583,7 +583,7 @@ def stage_dataset(
     folder = _fresh(run.path('share', 'dataset'))
     write_atomic(folder / 'sft.jsonl', run.path('sft.jsonl').read_bytes())
     _write_json(folder / 'dataset_report.json', dataset_report(rows))
-    write_atomic(folder / 'README.md', str(shared_dataset_card(run, rows, licence)))
+    write_atomic(folder / 'README.md', f'{shared_dataset_card(run, rows, licence)}\n')
     return folder
 
 
