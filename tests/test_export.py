@@ -150,6 +150,8 @@ def test_spaces_and_bos_of_sentencepiece(chat_format, manner, wheel, tmp_path):
     set_chat_format(tokenizer, chat_format)
     adapter = add_adapter(tmp_path / 'base', tmp_path / 'adapter', tokenizer)
     chosen, tutor = tutor_of(tmp_path / 'base', adapter, chat_format)
+    _, behind_special = export.space_manner(tutor.tokenizer)
+    assert behind_special == (manner == 'PreTrainedTokenizerFast'), 'both manners are tested'
     file = export.export_tutor(chosen, adapter, tmp_path, 'gguf', report=quiet)
     conversations = [*ask(tutor), [dict(role='user', content=' hello')]]
     answers = export.llama_cpp_replies(file, conversations, 1)
