@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'SENTENCES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 
            'ProgressLines', 'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'parse_settings',
            'profile_for', 'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings',
            'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
-           'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'format_agreement', 'judge_command',
-           'report_command', 'pocket_command', 'main']
+           'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'serve_command', 'format_agreement',
+           'judge_command', 'report_command', 'export_command', 'push_command', 'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -37,6 +37,7 @@ from socratic_finetune.config import (
     check_base_model,
     data_path,
     read_jsonl,
+    run_folder,
     runs_dir,
     settings_for,
     settings_in,
@@ -823,6 +824,29 @@ def chat_command(
     if unanswered and not sys.stdin.isatty():
         raise typer.Exit(1)
 
+# %% ../nbs/14_pipeline.ipynb #5e7e1401
+@app.command('serve')
+def serve_command(
+    model_dir: AdapterFolder = None,
+    base_model: BaseModelName = None,
+    run: RunName = 'demo',
+    base: Annotated[bool, typer.Option('--base', help='serve the base model too')] = False,
+    host: Annotated[
+        str, flag('host', '0.0.0.0 for everybody who can reach this machine')
+    ] = '127.0.0.1',
+    port: Annotated[int, flag('port', '0: any that is free')] = 8000,
+    overrides: Overrides = None,
+):
+    "An OpenAI-compatible server of the tutor, for this machine, until Ctrl-C."
+    from socratic_finetune.server import run_server
+
+    changes = parse_settings(overrides)
+
+    def load():
+        return open_tutor(run, model_dir, base_model, streaming=True, **changes)
+
+    run_server(load, host, port, base)
+
 # %% ../nbs/14_pipeline.ipynb #5b3a11d9
 def format_agreement(
     rows: list[dict],  # with the same keys; `low` and `high` are the ends of an interval
@@ -942,6 +966,65 @@ def report_command(
     _print_headings(rows_file.describe())
     _print_headings(dataset_report(rows_file.rows).items())
     _print_headings(describe_encoding(rows_file, settings, line))
+
+# %% ../nbs/14_pipeline.ipynb #e4900001
+@app.command('export')
+def export_command(
+    run: RunName = 'demo',
+    format: Annotated[
+        str, flag('format', 'adapter, merged, gguf, gguf-adapter or ollama')
+    ] = 'merged',
+    quantization: Annotated[str, flag('quantization', 'of gguf and ollama: q8_0 or f16')] = 'q8_0',
+    model_dir: AdapterFolder = None,
+    base_model: BaseModelName = None,
+    base_gguf: Annotated[
+        Path | None, flag('base_gguf', 'ollama: take this base and export the adapter alone')
+    ] = None,
+    output_dir: Annotated[
+        Path | None, flag('output_dir', 'folder; default: export/FORMAT in the run folder')
+    ] = None,
+    overrides: Overrides = None,
+):
+    "The tutor for others to run: transformers, llama.cpp, Ollama, LM Studio."
+    from socratic_finetune.export import export_tutor
+
+    r = Run(run_folder(run), None)
+    adapter = model_dir or r.input('adapter', 'pocket/adapter')
+    changes = parse_settings(overrides)
+    settings = adapter_settings(adapter, base_model=base_model, **changes)
+    folder = short_path(output_dir or r.path('export', format))
+    export_tutor(settings, adapter, folder, format, quantization, base_gguf)
+
+# %% ../nbs/14_pipeline.ipynb #5e7e1403
+@app.command('push')
+def push_command(
+    repo: Annotated[str, flag('repo', 'OWNER/NAME on the Hub, or NAME for one of your own')],
+    run: RunName = 'demo',
+    dataset: Annotated[
+        bool, typer.Option('--dataset', help="the run's dataset instead of its tutor")
+    ] = False,
+    yes: Annotated[bool, typer.Option('--yes', help='send it; without, it is only shown')] = False,
+    public: Annotated[
+        bool, typer.Option('--public', help='a new repository can be seen by everybody')
+    ] = False,
+    licence: Annotated[
+        str, flag('license', "of the base, or the dataset's; default: as far as it is known")
+    ] = '',
+    exclude: Annotated[
+        list[str] | None, flag('exclude', 'a file to leave out; may be given more than once')
+    ] = None,
+):
+    "Adapter, card and results to the Hub; without --yes a list of every file and its size."
+    from socratic_finetune.share import plan_push, push
+
+    r = Run.open(run)
+    with lock_run(r):
+        plan = plan_push(r, repo, dataset, licence, exclude or [], print)
+        print(plan)
+        if yes:
+            print(push(plan.folder, repo, plan.kind, public))
+        else:
+            print(f'nothing was sent: look at {short_path(plan.folder)}, then add --yes')
 
 # %% ../nbs/14_pipeline.ipynb #f11e4001
 @app.command('pocket', context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))

@@ -244,13 +244,18 @@ def pip_install(requirement):
     return target
 
 
+def find_wheel():
+    "The folder of llama.cpp's wheel; an empty text if it is installed, None if it is not there."
+    return '' if importlib.util.find_spec('cyllama') else pip_install(CYLLAMA)
+
+
 def llama_cpp(path, texts=(), prompts=(), n=16):
     """What llama.cpp makes of a GGUF file: tokens of texts, greedy tokens after prompts.
 
     In a process of its own, since it ends the process when it does not like a file. Skips the test
     where there is no llama.cpp.
     """
-    site = '' if importlib.util.find_spec('cyllama') else pip_install(CYLLAMA)
+    site = find_wheel()
     if site is None:
         pytest.skip(f'all else is right, but {CYLLAMA}, which has llama.cpp, cannot be downloaded')
     task = json.dumps([str(path), list(texts), list(prompts), n])
