@@ -327,7 +327,7 @@ def _next_exercise(topic, question, rng):
     step = answer.split()[1]
     return _exchange(rng.choice(NEXT_REQUESTS).format(step=step, topic=topic.topic), answer)
 
-
+# %% ../nbs/90_pocket.ipynb #9000d071
 def exercise_series(
     topic: Topic,
     rng: random.Random,
@@ -870,12 +870,16 @@ def _format_progress(entry, n_steps):
     )
 
 # %% ../nbs/90_pocket.ipynb #9000d065
+def _parameters(optimizer):
+    "All parameters of an optimizer, in a fixed order."
+    return [p for group in optimizer.param_groups for p in group['params']]
+
+
 def _training_tensors(model, optimizers):
     "All tensors that training changes, by name: parameters, and the optimizers' states."
     tensors = {f'model {name}': p for name, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
-        for j, p in enumerate(parameters):
+        for j, p in enumerate(_parameters(optimizer)):
             for key, value in optimizer.state[p].items():
                 tensors[f'optimizer {i} {j} {key}'] = value
     return tensors
@@ -891,7 +895,7 @@ def save_progress(
     content = save(_training_tensors(model, optimizers), dict(log=json.dumps(log)))
     write_atomic(path, content)
 
-
+# %% ../nbs/90_pocket.ipynb #9000d073
 def load_progress(
     path: Path,
     model: LlamaForCausalLM,  # changed in place
@@ -904,12 +908,11 @@ def load_progress(
     tensors = load_file(path)
     with safe_open(path, 'pt') as file:
         log = json.loads(file.metadata()['log'])
-    for i, optimizer in enumerate(optimizers):
-        parameters = [p for group in optimizer.param_groups for p in group['params']]
-        for name, value in tensors.items():
-            kind, number, *rest = name.split(' ')
-            if kind == 'optimizer' and int(number) == i:
-                optimizer.state[parameters[int(rest[0])]][rest[1]] = value
+    for name, value in tensors.items():
+        kind, number, *rest = name.split(' ')
+        if kind == 'optimizer':
+            optimizer = optimizers[int(number)]
+            optimizer.state[_parameters(optimizer)[int(rest[0])]][rest[1]] = value
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[f'model {name}'])
@@ -917,6 +920,11 @@ def load_progress(
         for _ in range(log[-1]['step']):
             scheduler.step()
     return log
+
+# %% ../nbs/90_pocket.ipynb #9000d075
+def _log_entry(step, tokens, losses, seconds):
+    loss = round(sum(losses) / len(losses), 4)
+    return dict(step=step, tokens=tokens, loss=loss, seconds=round(seconds, 1))
 
 # %% ../nbs/90_pocket.ipynb #9000d036
 def pretrain(
@@ -952,9 +960,7 @@ def pretrain(
         losses.append(loss.item())
         tokens += batch['input_ids'].numel()
         if step % 100 == 0 or step == len(batches):
-            mean_loss = round(sum(losses) / len(losses), 4)
-            seconds = round(time.time() - started_at, 1)
-            log.append(dict(step=step, tokens=tokens, loss=mean_loss, seconds=seconds))
+            log.append(_log_entry(step, tokens, losses, time.time() - started_at))
             losses = []
             if checkpoint and step < len(batches):
                 save_progress(checkpoint, model, optimizers, log)

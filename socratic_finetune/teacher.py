@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOVES', 'MOVE_FOR_KIND', 'PRESSURES', 'STOP_WORDS', 'TOPIC_IN_OPENER', 'FIRST_PERSON', 'MAX_IDEA', 'FOOTHOLDS',
-           'SCENES', 'UPTAKE', 'NO_OPENER', 'LEADS', 'DRAFTS_OF_MOVE', 'CHECKS', 'VAGUE_QUESTION', 'DISCOURAGING',
+           'SCENES', 'UPTAKE', 'LEADS', 'NO_OPENER', 'DRAFTS_OF_MOVE', 'CHECKS', 'VAGUE_QUESTION', 'DISCOURAGING',
            'PRAISE', 'DENIAL', 'GIVING_IN', 'REWRITE', 'ACTS', 'Turn', 'Teacher', 'content_stems', 'overlap', 'phrases',
            'openers_for', 'opener', 'first_step', 'new_question', 'smaller_steps', 'series_step', 'next_step',
            'numbered', 'lesson_text', 'compose', 'draft_answer', 'draft_answer_then_ask', 'draft_lecture',
@@ -218,10 +218,7 @@ def smaller_steps(turn: Turn, rng: random.Random) -> list[tuple[str, str | None]
     steps = [(field, new_question(turn, wordings[field], rng)) for field in fields]
     return [*steps, ('', new_question(turn, wordings['plain'], rng))]
 
-# %% ../nbs/03_teacher.ipynb #a3c00061
-UPTAKE = 0.4  # share of confirming replies that ask on from what the student has found
-
-
+# %% ../nbs/03_teacher.ipynb #a3c00080
 def series_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of the card, question
     "The card's next question, in its order; for a stuck student beside a scene that is new."
     topic = turn.topic
@@ -235,6 +232,9 @@ def series_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of 
     if turn.move == 'hint' and ahead and scene:
         return scene, ahead
     return scene, new_question(turn, phrases()['smaller'][scene or 'plain'], rng) or topic.test
+
+# %% ../nbs/03_teacher.ipynb #a3c00061
+UPTAKE = 0.4  # share of confirming replies that ask on from what the student has found
 
 
 def next_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of the card, question
@@ -260,8 +260,7 @@ def next_step(turn: Turn, rng: random.Random) -> tuple[str, str]:  # field of th
     rest = [('', question) for question in topic.asks]
     return next(step for step in [*steps, *rest] if step[1] and not turn.has_had(step[1]))
 
-# %% ../nbs/03_teacher.ipynb #a787163d
-NO_OPENER = 0.12  # share of replies without one, where the move allows it
+# %% ../nbs/03_teacher.ipynb #a3c00084
 LEADS = {
     'hint': 'A hint on {topic}.',
     'everyday': 'Picture this for {topic}.',
@@ -280,6 +279,9 @@ def numbered(
     if question == topic.test:
         return f'A test for {topic.topic}. {question}'
     return question
+
+# %% ../nbs/03_teacher.ipynb #a787163d
+NO_OPENER = 0.12  # share of replies without one, where the move allows it
 
 
 def lesson_text(turn: Turn) -> str:
