@@ -813,8 +813,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group['lr'] * 0.2 * max(p.shape) ** 0.5)
 
 # %% ../nbs/90_pocket.ipynb #9000d031
+@cache
 def _fast_dtype():
-    "bfloat16 where this CPU is fast in it, else float32."
+    "bfloat16 where this CPU is fast in it, else float32; measured once, as measurements vary."
     return choose_device(settings_for(device='cpu', dtype='auto'))[1]
 
 
