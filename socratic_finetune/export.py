@@ -8,9 +8,9 @@ __all__ = ['LORA_EXTRAS', 'DTYPES', 'ARCHITECTURES', 'ROPE_TYPES', 'QUANTIZATION
            'read_lora', 'StoredWeight', 'list_weights', 'write_safetensors', 'neighbour_order', 'check_architecture',
            'PlannedTensor', 'plan_tensors', 'tokenizer_kind', 'space_manner', 'FileTemplate', 'file_template',
            'end_of_turn', 'TutorFiles', 'tutor_files', 'write_gguf', 'llama_cpp_replies', 'tutor_replies',
-           'tutor_choices', 'agreement', 'write_gguf_adapter', 'ollama_template', 'modelfile', 'export_size',
-           'export_tutor', 'tokens_per_second', 'merged_tutor', 'measure_export', 'sample_conversations',
-           'compare_speed']
+           'tutor_choices', 'agreement', 'write_gguf_adapter', 'ollama_template', 'modelfile', 'portable',
+           'copy_adapter', 'export_size', 'export_tutor', 'tokens_per_second', 'merged_tutor', 'measure_export',
+           'sample_conversations', 'compare_speed']
 
 # %% ../nbs/76_export.ipynb #7e000003
 import itertools
@@ -41,7 +41,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .config import Settings, SocraticError, write_atomic
+from socratic_finetune.config import (
+    Settings,
+    SocraticError,
+    is_path,
+    write_atomic,
+    write_json,
+)
 from .models import resolve_base_model
 from .topics import load_topics
 from .tutor import Sampler, Tutor, adapter_tokenizer, check_adapter, stream_ids
@@ -368,6 +374,21 @@ def tokenizer_kind(
         'that is not known to llama.cpp by name: use format "merged"'
     )
 
+# %% ../nbs/76_export.ipynb #7e0000e1
+def _merges(tokenizer):
+    "The pairs that a tokenizer joins, the most frequent first."
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())['model']['merges']
+    return [pair if isinstance(pair, list) else pair.split(' ') for pair in merges]
+
+
+def _scores(tokenizer, tokens):
+    "SentencePiece's scores, from the ranks of merges; a token that no merge makes comes last."
+    merges = _merges(tokenizer)
+    ranks = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
 # %% ../nbs/76_export.ipynb #7e000020
 def space_manner(
     tokenizer,  # of SentencePiece's kind
@@ -376,16 +397,6 @@ def space_manner(
     at_start = tokenizer.tokenize('a')[0].startswith('▁')
     behind_special = tokenizer.tokenize(f'{tokenizer.eos_token}a')[1].startswith('▁')
     return at_start, behind_special
-
-
-def _scores(tokenizer, tokens):
-    "SentencePiece's scores, from the ranks of merges; a token that no merge makes comes last."
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())['model']['merges']
-    ranks = {}
-    for rank, pair in enumerate(merges):
-        left, right = pair if isinstance(pair, list) else pair.split(' ')
-        ranks.setdefault(left + right, rank)
-    return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
 def _token_types(tokenizer, kind, tokens):
@@ -517,9 +528,7 @@ def _add_tokenizer(writer, tokenizer, vocab_size, ends):
         writer.add_token_scores(_scores(tokenizer, tokens))
         writer.add_add_space_prefix(template.add_space)
     else:
-        merges = json.loads(tokenizer.backend_tokenizer.to_str())['model']['merges']
-        pairs = [pair if isinstance(pair, list) else pair.split(' ') for pair in merges]
-        writer.add_token_merges([' '.join(pair) for pair in pairs])
+        writer.add_token_merges([' '.join(pair) for pair in _merges(tokenizer)])
     for name in ('bos', 'unk', 'pad'):
         token_id = getattr(tokenizer, f'{name}_token_id')
         if token_id is not None:
@@ -720,14 +729,12 @@ def agreement(
     actual: list[dict],  # to the same conversations
 ) -> dict:  # numbers of equal prompts and replies, of all, and the share of equal tokens
     "How far two sets of replies agree, token by token from the front."
+    pairs = list(zip(expected, actual, strict=True))
     equal = 0
     n_tokens = 0
-    for one, other in zip(expected, actual, strict=True):
-        length = max(len(one['reply']), len(other['reply']))
-        same = [a == b for a, b in zip(one['reply'], other['reply'], strict=False)]
-        equal += sum(same)
-        n_tokens += length
-    pairs = list(zip(expected, actual, strict=True))
+    for one, other in pairs:
+        equal += sum(a == b for a, b in zip(one['reply'], other['reply'], strict=False))
+        n_tokens += max(len(one['reply']), len(other['reply']))
     return dict(
         conversations=len(pairs),
         prompts=sum(one['prompt'] == other['prompt'] for one, other in pairs),
@@ -839,31 +846,41 @@ def modelfile(
 MACHINE_SETTINGS = ('topics', 'constitution', 'api_cache')  # paths, which mean nothing elsewhere
 
 
-def _public_base(name):
-    "A base model's name without the way to it on this machine."
-    return Path(name).name if Path(name).is_absolute() or name.startswith(('.', '~')) else name
+def portable(
+    values: dict,  # settings by name
+) -> dict:
+    "The same values; of a path of this machine only its last part."
+    kept = {}
+    for name, value in values.items():
+        is_local = isinstance(value, str) and '/' in value and is_path(value)
+        kept[name] = Path(value).name if is_local else value
+    return kept
 
 
-def _write_json(path, values):
-    write_atomic(path, json.dumps(values, indent=1, ensure_ascii=False) + '\n')
-
-
-def _write_adapter(files, folder):
-    "The adapter as PEFT loads it."
-    weights = 'adapter_model.safetensors'
-    shutil.copyfile(files.adapter / weights, folder / weights)
-    files.tokenizer.save_pretrained(folder)
-    config = json.loads((files.adapter / 'adapter_config.json').read_text(encoding='utf8'))
-    config['base_model_name_or_path'] = _public_base(config['base_model_name_or_path'])
-    _write_json(folder / 'adapter_config.json', config)
-    training_file = files.adapter / 'training.json'
-    if training_file.is_file():
-        training = json.loads(training_file.read_text(encoding='utf8'))
-        training['settings'] |= dict.fromkeys(MACHINE_SETTINGS, '')
-        training['settings']['base_model'] = config['base_model_name_or_path']
-        _write_json(folder / 'training.json', training)
+def copy_adapter(
+    adapter: Path,
+    folder: Path,
+) -> None:
+    "Copy what others need of an adapter, without paths of this machine."
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ('adapter_model.safetensors', 'token*', 'special_tokens*', '*.jinja'):
+        for path in adapter.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    config = portable(json.loads((adapter / 'adapter_config.json').read_text(encoding='utf8')))
+    write_json(folder / 'adapter_config.json', config)
+    if (adapter / 'training.json').is_file():
+        training = json.loads((adapter / 'training.json').read_text(encoding='utf8'))
+        settings = portable(training['settings']) | dict.fromkeys(MACHINE_SETTINGS, '')
+        settings['base_model'] = config['base_model_name_or_path']
+        write_json(folder / 'training.json', training | dict(settings=settings))
 
 # %% ../nbs/76_export.ipynb #7e0000b7
+def _write_adapter(files, folder):
+    "The adapter as PEFT loads it, with a tokenizer even if it brings none."
+    copy_adapter(files.adapter, folder)
+    files.tokenizer.save_pretrained(folder)
+
+
 def _write_merged(files, folder):
     "The merged model as transformers loads it."
     write_safetensors(folder / 'model.safetensors', files.weights, files.pairs())
@@ -871,7 +888,7 @@ def _write_merged(files, folder):
     config = json.loads((files.base / 'config.json').read_text(encoding='utf8'))
     for name in ('gguf_sha256', '_name_or_path', '_model_name_or_path'):
         config.pop(name, None)
-    _write_json(folder / 'config.json', config)
+    write_json(folder / 'config.json', config)
     generation = GenerationConfig(
         bos_token_id=files.tokenizer.bos_token_id,
         eos_token_id=end_of_turn(files.base, files.tokenizer),

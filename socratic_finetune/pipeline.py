@@ -7,9 +7,10 @@ __all__ = ['STAGES', 'SENTENCES', 'RUN_FILES', 'app', 'RunName', 'ProfileName', 
            'TeacherName', 'JudgeName', 'ConstitutionFile', 'Arm', 'ServerUrl', 'Overrides', 'notebook_path',
            'ProgressLines', 'run_notebook', 'lock_run', 'run_stages', 'short_path', 'summary', 'flag', 'parse_settings',
            'profile_for', 'absolute_file', 'begin_run', 'resolve_paths', 'describe_topics', 'adapter_settings',
-           'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'open_tutor', 'arms_of',
-           'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command', 'serve_command', 'format_agreement',
-           'judge_command', 'report_command', 'export_command', 'push_command', 'pocket_command', 'main']
+           'show_version', 'run_command', 'generate_command', 'warn_bad_rows', 'train_command', 'find_adapter',
+           'open_tutor', 'arms_of', 'infer_command', 'evaluate_command', 'dialogue_command', 'chat_command',
+           'serve_command', 'format_agreement', 'judge_command', 'report_command', 'export_command', 'push_command',
+           'pocket_command', 'main']
 
 # %% ../nbs/14_pipeline.ipynb #2dbc8ed6
 import csv
@@ -665,6 +666,14 @@ def train_command(
     _print_training(result, data_path, output_dir or r.path('adapter'))
 
 # %% ../nbs/14_pipeline.ipynb #da9b488a
+def find_adapter(
+    run: str,  # name of a run
+    model_dir: Path | None,  # an adapter's folder
+) -> Path:
+    "An adapter's folder, a run's adapter, or the bundled one: the first that is there."
+    return model_dir or Run(run_folder(run), None).input('adapter', 'pocket/adapter')
+
+
 def open_tutor(
     run: str,  # name of a run
     model_dir: Path | None,  # an adapter's folder
@@ -677,8 +686,7 @@ def open_tutor(
     Raises `SocraticError` if base and adapter do not belong together."""
     from socratic_finetune.tutor import Tutor
 
-    folder = Path(run) if '/' in run else runs_dir() / run
-    adapter = model_dir or Run(folder, None).input('adapter', 'pocket/adapter')
+    adapter = find_adapter(run, model_dir)
     return Tutor.load(
         adapter_settings(adapter, base_model=base_model, **changes), adapter, streaming
     )
@@ -988,11 +996,10 @@ def export_command(
     "The tutor for others to run: transformers, llama.cpp, Ollama, LM Studio."
     from socratic_finetune.export import export_tutor
 
-    r = Run(run_folder(run), None)
-    adapter = model_dir or r.input('adapter', 'pocket/adapter')
+    adapter = find_adapter(run, model_dir)
     changes = parse_settings(overrides)
     settings = adapter_settings(adapter, base_model=base_model, **changes)
-    folder = short_path(output_dir or r.path('export', format))
+    folder = short_path(output_dir or run_folder(run) / 'export' / format)
     export_tutor(settings, adapter, folder, format, quantization, base_gguf)
 
 # %% ../nbs/14_pipeline.ipynb #5e7e1403

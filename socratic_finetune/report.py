@@ -158,7 +158,7 @@ def _arm_style(i):
 
 
 def _control_style(i):
-    marker = CONTROL_MARKERS[i % 7]
+    marker = CONTROL_MARKERS[i % len(CONTROL_MARKERS)]
     return dict(fmt=marker, ms=9, color='#222222', mfc='none', mew=1.4, zorder=3)
 
 # %% ../nbs/89_report.ipynb #e6765cdd
@@ -318,7 +318,7 @@ def _turn_lines(ax, table, column, controls):
         rows = table[table.model == model].dropna(subset=column)
         style = dict(color=COLOURS[i % 7], marker=ARM_MARKERS[i % 7], markersize=5)
         if model in controls:
-            marker = CONTROL_MARKERS[controls.index(model) % 7]
+            marker = CONTROL_MARKERS[controls.index(model) % len(CONTROL_MARKERS)]
             style = dict(color='#777777', marker=marker, mfc='none', linestyle='--', markersize=5)
         ax.plot(rows.turn, rows[column], label=model, linewidth=1.5, **style)
 

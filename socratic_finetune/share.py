@@ -6,8 +6,8 @@
 __all__ = ['LICENCES', 'TRY', 'OWN_DATA', 'RESULTS', 'FORMS', 'SECRET_NAME', 'literal', 'plain', 'markdown_table', 'score_table',
            'eval_results', 'pick_replies', 'transcript', 'worst_dialogue', 'base_licence', 'is_on_hub', 'fenced',
            'transformers_code', 'cyllama_code', 'shell_code', 'describe_data', 'model_card', 'shared_dataset_card',
-           'portable', 'portable_metadata', 'copy_adapter', 'stage_model', 'stage_dataset', 'list_files', 'find_leaks',
-           'check_leaks', 'check_repo', 'push', 'Plan', 'plan_push']
+           'portable_metadata', 'stage_model', 'stage_dataset', 'list_files', 'find_leaks', 'check_leaks', 'check_repo',
+           'push', 'Plan', 'plan_push']
 
 # %% ../nbs/13_share.ipynb #13aa0004
 import json
@@ -51,8 +51,9 @@ from socratic_finetune.config import (
     settings_in,
     versions,
     write_atomic,
+    write_json,
 )
-from .export import export_tutor
+from .export import copy_adapter, export_tutor, portable
 from .generate import dataset_card, dataset_report
 from .statistics import METRICS, arm_means
 
@@ -486,17 +487,6 @@ RESULTS = (
 )
 
 
-def portable(
-    values: dict,  # settings by name
-) -> dict:
-    "The same values; of a path of this machine only its last part."
-    kept = {}
-    for name, value in values.items():
-        is_local = isinstance(value, str) and '/' in value and is_path(value)
-        kept[name] = Path(value).name if is_local else value
-    return kept
-
-
 def portable_metadata(
     run: Run,
 ) -> dict:
@@ -512,27 +502,6 @@ def portable_metadata(
 def _fresh(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return folder
-
-
-def _write_json(path, values):
-    write_atomic(path, json.dumps(values, indent=1, ensure_ascii=False) + '\n')
-
-
-def copy_adapter(
-    adapter: Path,
-    folder: Path,
-) -> None:
-    "Copy what others need of an adapter, without paths of this machine."
-    folder.mkdir(parents=True)
-    for pattern in ('adapter_model.safetensors', 'token*', 'special_tokens*', '*.jinja'):
-        for path in adapter.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-    config = json.loads((adapter / 'adapter_config.json').read_text(encoding='utf8'))
-    _write_json(folder / 'adapter_config.json', portable(config))
-    if (adapter / 'training.json').is_file():
-        training = json.loads((adapter / 'training.json').read_text(encoding='utf8'))
-        training['settings'] = portable(training.get('settings', {}))
-        _write_json(folder / 'training.json', training)
 
 
 def _copy_exports(run, folder):
@@ -569,7 +538,7 @@ def stage_model(
     for name in RESULTS:
         if run.path(name).is_file():
             shutil.copyfile(run.path(name), folder / 'results' / name)
-    _write_json(folder / 'results' / 'run.json', portable_metadata(run))
+    write_json(folder / 'results' / 'run.json', portable_metadata(run))
     write_atomic(folder / 'README.md', f'{model_card(run, repo, folder, licence)}\n')
     return folder
 
@@ -582,7 +551,7 @@ def stage_dataset(
     rows, _ = read_jsonl(run.path('sft.jsonl'))
     folder = _fresh(run.path('share', 'dataset'))
     write_atomic(folder / 'sft.jsonl', run.path('sft.jsonl').read_bytes())
-    _write_json(folder / 'dataset_report.json', dataset_report(rows))
+    write_json(folder / 'dataset_report.json', dataset_report(rows))
     write_atomic(folder / 'README.md', f'{shared_dataset_card(run, rows, licence)}\n')
     return folder
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import gguf as gguf_package
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from socratic_finetune import export
 from socratic_finetune.config import SocraticError, data_path, settings_for
 from socratic_finetune.gguf import convert_gguf
-from socratic_finetune.pipeline import app
+from socratic_finetune.pipeline import adapter_settings, app
 from socratic_finetune.prompting import LLAMA2_TEMPLATE, set_chat_format, to_messages
 from socratic_finetune.tutor import Tutor
 
@@ -414,3 +415,14 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0, done.exception
     assert re.search(r'MB to write, [\d,]+ MB free', done.output)
     assert (tmp_path / 'run' / 'export' / 'gguf-adapter' / 'tutor-lora-f16.gguf').is_file()
+
+
+def test_an_adapter_goes_along_without_this_machines_paths(tmp_path):
+    adapter = tmp_path / 'adapter'
+    shutil.copytree(data_path('pocket', 'adapter'), adapter)
+    training = json.loads((adapter / 'training.json').read_text())
+    training['settings'] |= dict(topics='/x/my_cards', questions='/x/asked.jsonl')
+    (adapter / 'training.json').write_text(json.dumps(training))
+    export.copy_adapter(adapter, tmp_path / 'copied')
+    assert adapter_settings(tmp_path / 'copied').topics == ''  # not a folder that is missing
+    assert adapter_settings(tmp_path / 'copied').questions == 'asked.jsonl'
