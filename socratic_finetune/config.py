@@ -7,8 +7,8 @@ __all__ = ['GROUPS', 'ANY_TIME', 'BEFORE_TRAINING', 'PROFILES', 'BYTE_ORDER_MARK
            'SocraticError', 'data_path', 'is_path', 'check_base_model', 'DataSettings', 'ModelSettings',
            'HardwareSettings', 'LoraSettings', 'TrainingSettings', 'GenerationSettings', 'ApiSettings',
            'MonitoringSettings', 'EvaluationSettings', 'Settings', 'settings_in', 'settings_for', 'write_atomic',
-           'write_jsonl', 'decode_text', 'unreadable_reason', 'read_text', 'numbered_jsonl', 'read_jsonl', 'versions',
-           'runs_dir', 'run_folder', 'Run']
+           'write_json', 'write_jsonl', 'decode_text', 'unreadable_reason', 'read_text', 'numbered_jsonl', 'read_jsonl',
+           'versions', 'runs_dir', 'run_folder', 'Run']
 
 # %% ../nbs/00_config.ipynb #b3470a26
 import json
@@ -168,6 +168,9 @@ class GenerationSettings(BaseModel):
     "How replies are generated."
 
     max_new_tokens: int = Field(128, ge=1, description='longest reply in tokens')
+    redraws: int = Field(
+        4, ge=0, le=20, description='other beginnings tried for a question asked before; 0: none'
+    )
 
 
 class ApiSettings(BaseModel):
@@ -353,6 +356,14 @@ def write_atomic(
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_json(
+    path: str | Path,
+    values,
+) -> Path:
+    "Write values as JSON that people can read, atomically."
+    return write_atomic(path, json.dumps(values, indent=1, ensure_ascii=False) + '\n')
 
 
 def write_jsonl(

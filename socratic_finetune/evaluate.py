@@ -182,7 +182,7 @@ def reply_fingerprint(
     base = data_path('pocket', 'base') if is_pocket else Path(settings.base_model)
     own_prompt = ARMS[arm].system_prompt
     system_prompt = own_prompt() if own_prompt else settings.system_prompt
-    names = ('base_model', 'chat_format', 'dtype', 'quantize', 'max_new_tokens')
+    names = ('base_model', 'chat_format', 'dtype', 'quantize', 'max_new_tokens', 'redraws')
     values = [getattr(settings, name) for name in names]
     checksum = hashlib.sha256(repr((*values, system_prompt)).encode())
     for folder in [base, *([Path(adapter)] if adapter else [])]:

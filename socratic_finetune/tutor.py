@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_COPY_BYTES', 'MIN_INT8_SPEEDUP', 'FINISHED_SHARE', 'Tutor', 'check_adapter', 'adapter_tokenizer', 'stream_ids',
-           'Sampler', 'text_pieces']
+           'Sampler', 'text_pieces', 'earlier_replies', 'other_beginning', 'stream_anew', 'draw_tokens']
 
 # %% ../nbs/07_tutor.ipynb #8ca4c1da
 import copy
@@ -12,7 +12,8 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
+from functools import partial
+from itertools import chain, repeat, takewhile
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from socratic_finetune.speed import (
     int8_speedup,
     prepack_weights,
 )
+from .topics import questions_in, repeated_questions
 
 # %% ../nbs/07_tutor.ipynb #590e6935
 class Tutor:
@@ -350,6 +352,99 @@ def text_pieces(
         yield text[len(shown) :]
         shown = text
 
+# %% ../nbs/07_tutor.ipynb #07a50002
+@patch
+def _decode_turn(self: Tutor, ids):
+    "Text of generated ids, up to the end of the turn."
+    turn = list(takewhile(lambda token: token not in self.end_ids, ids))
+    return self.tokenizer.decode(turn, skip_special_tokens=True).strip()
+
+
+@patch
+def before_repeat(
+    self: Tutor,
+    ids: list[int],  # of a reply
+    earlier: list[str],  # the tutor's replies before it
+) -> list[int] | None:  # None: no question is asked again
+    "The ids of a reply up to its first question that has been asked before."
+    text = self._decode_turn(ids)
+    repeated = repeated_questions(text, earlier)
+    if not repeated:
+        return None
+    start = text.index(repeated[0])
+    kept = []
+    for token in ids:
+        if len(self._decode_turn([*kept, token])) > start:
+            break
+        kept.append(token)
+    return kept
+
+
+@patch
+def asks_anew(
+    self: Tutor,
+    ids: list[int],  # of a reply
+    earlier: list[str],  # the tutor's replies before it
+) -> bool:
+    "Whether a reply asks something, and nothing that has been asked before."
+    text = self._decode_turn(ids)
+    return bool(questions_in(text)) and not repeated_questions(text, earlier)
+
+
+def earlier_replies(
+    messages,  # a question, or a conversation as a list of `{role, content}`
+) -> list[str]:
+    "What the tutor has said in a conversation so far."
+    return [m['content'] for m in to_messages(messages) if m['role'] == 'assistant']
+
+# %% ../nbs/07_tutor.ipynb #07a50006
+def other_beginning(
+    pick,  # called with the ids so far and the next token's logits (vocabulary,); returns an id
+    rank: int,  # 1: the token that comes second
+):  # called like `pick`
+    "Picks a less likely first token; goes on as before."
+    picks = chain([lambda ids, logits: int(logits.topk(rank + 1).indices[-1])], repeat(pick))
+    return lambda ids, logits: next(picks)(ids, logits)
+
+
+def _ends_sentence(text):
+    return text.rstrip('"\')').endswith(('.', '!', '?'))
+
+# %% ../nbs/07_tutor.ipynb #07a50008
+def stream_anew(
+    tutor: Tutor,
+    prompt: list[int],  # token ids
+    arm: str,  # `base` or `tuned`
+    pick,  # called with the ids so far and the next token's logits (vocabulary,); returns an id
+    max_new_tokens: int,
+    earlier: list[str],  # the tutor's replies before it
+):  # yields token ids
+    "As `stream_ids`, sentence by sentence; a question that was asked before is begun anew."
+
+    def tokens_after(ids, its_pick=pick):
+        return stream_ids(tutor, prompt + ids, arm, its_pick, max_new_tokens - len(ids))
+
+    ids = []
+    n_shown = 0
+    begun = None
+    for token in tokens_after([]):
+        ids.append(token)
+        if _ends_sentence(tutor._decode_turn(ids)):
+            begun = tutor.before_repeat(ids, earlier)
+            if begun is not None:
+                break
+            yield from ids[n_shown:]
+            n_shown = len(ids)
+    if begun is not None:
+        for rank in range(1, tutor.settings.redraws + 1):
+            other = begun + list(tokens_after(begun, other_beginning(pick, rank)))
+            if tutor.asks_anew(other, earlier):
+                yield from other[n_shown:]
+                return
+    yield from ids[n_shown:]
+    if begun is not None:
+        yield from tokens_after(ids)
+
 # %% ../nbs/07_tutor.ipynb #dac95c51
 @patch
 def stream(
@@ -366,7 +461,12 @@ def stream(
     "A reply in pieces, as they are written."
     sampler = Sampler(temperature, top_p, repetition_penalty, seed, self.model.device)
     limit = max_new_tokens or self.settings.max_new_tokens
-    tokens = stream_ids(self, self.prompt(messages), arm, sampler, limit)
+    prompt = self.prompt(messages)
+    earlier = earlier_replies(messages)
+    if earlier and self.settings.redraws:
+        tokens = stream_anew(self, prompt, arm, sampler, limit, earlier)
+    else:
+        tokens = stream_ids(self, prompt, arm, sampler, limit)
     if stop is not None:
         tokens = takewhile(lambda _: not stop.is_set(), tokens)
     yield from text_pieces(self.tokenizer, tokens)
@@ -414,6 +514,22 @@ def _read_prefix(model, prefix, n_prompts):  # prefix (1, tokens)
         cache.batch_repeat_interleave(n_prompts)
     return cache
 
+# %% ../nbs/07_tutor.ipynb #7d0f0a01
+def draw_tokens(
+    logits: torch.Tensor,  # (rows, vocabulary)
+    step: int = 0,  # tokens of the replies so far
+    temperature: float = 0.0,  # 0 always takes the likeliest token
+    generator: torch.Generator | None = None,  # makes drawing repeatable
+    rank: int = 0,  # of the first token, at temperature 0; 1: the token that comes second
+) -> torch.Tensor:  # (rows,)
+    "The next token of each row of a batch."
+    if temperature:
+        probabilities = (logits.float() / temperature).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    if rank and not step:
+        return logits.topk(rank + 1).indices[:, -1]
+    return logits.argmax(-1)
+
 # %% ../nbs/07_tutor.ipynb #e6457954
 FINISHED_SHARE = 0.1  # of a batch; from here on finished replies are taken out
 
@@ -432,8 +548,8 @@ class _Batch:
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, n_common:]
         self.rows = list(range(len(prompts)))  # those still in the batch
 
-    def next_tokens(self):  # (rows,)
-        "The likeliest next token of each row, which is read next."
+    def next_tokens(self, pick, step):  # (rows,)
+        "The next token of each row, which is read next."
         outputs = self.model(
             input_ids=self.unread,
             attention_mask=self.mask,
@@ -442,7 +558,7 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        tokens = outputs.logits[:, -1].argmax(-1)
+        tokens = pick(outputs.logits[:, -1], step)
         self.unread = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
@@ -463,16 +579,16 @@ def keep(
 
 
 @patch
-def _generate(self: Tutor, model, prompts, max_new_tokens):
-    "Greedy token ids after each prompt, up to and with the one that ends it, and maybe more."
+def _generate(self: Tutor, model, prompts, max_new_tokens, pick=draw_tokens):
+    "Token ids after each prompt, up to and with the one that ends it, and maybe more."
     end_ids = torch.tensor(sorted(self.end_ids), device=model.device)
     generated = [[] for _ in prompts]
     with torch.inference_mode(), self._governor:
         batch = _Batch(model, prompts, self.tokenizer.pad_token_id)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             self._governor.adjust()
-            tokens = batch.next_tokens()
+            tokens = batch.next_tokens(pick, step)
             for row, token in zip(batch.rows, tokens.tolist(), strict=True):
                 generated[row].append(token)
             ended |= torch.isin(tokens, end_ids)
@@ -485,17 +601,43 @@ def _generate(self: Tutor, model, prompts, max_new_tokens):
 
 # %% ../nbs/07_tutor.ipynb #13abd298
 @patch
-def _decode_turn(self: Tutor, ids):
-    "Text of generated ids, up to the end of the turn."
-    end_ids = self.end_ids
-    turn = []
-    for token in ids:
-        if token in end_ids:
+def _generate_batches(self: Tutor, prompts, arm, limit, pick, batch_size=64, progress=None):
+    "Token ids after each of many prompts."
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    n_batches = max(1, math.ceil(len(prompts) / batch_size))
+    even_size = max(1, math.ceil(len(prompts) / n_batches))
+    replies = [[] for _ in prompts]
+    for start in range(0, len(prompts), even_size):
+        batch = longest_first[start : start + even_size]
+        model = self.switch(arm)
+        generated = self._generate(model, [prompts[i] for i in batch], limit, pick)
+        for i, ids in zip(batch, generated, strict=True):
+            replies[i] = list(takewhile(lambda token: token not in self.end_ids, ids))
+        if progress:
+            progress(len(batch))
+    return replies
+
+
+@patch
+def _begin_anew(self: Tutor, replies, conversations, prompts, arm, limit, *rest):
+    "Replies, as ids, without questions that were asked before, if another beginning helps."
+    earlier = [earlier_replies(conversation) for conversation in conversations]
+    begun = [self.before_repeat(ids, said) for ids, said in zip(replies, earlier, strict=True)]
+    for rank in range(1, self.settings.redraws + 1):
+        rows = [i for i, ids in enumerate(begun) if ids is not None]
+        if not rows:
             break
-        turn.append(token)
-    return self.tokenizer.decode(turn, skip_special_tokens=True).strip()
+        pick = partial(draw_tokens, rank=rank)
+        starts = [prompts[i] + begun[i] for i in rows]
+        drawn = self._generate_batches(starts, arm, limit, pick, *rest)
+        for i, ids in zip(rows, drawn, strict=True):
+            other = (begun[i] + ids)[:limit]
+            if self.asks_anew(other, earlier[i]):
+                replies[i] = other
+                begun[i] = None
+    return replies
 
-
+# %% ../nbs/07_tutor.ipynb #13abd299
 @patch
 def reply_batch(
     self: Tutor,
@@ -504,19 +646,15 @@ def reply_batch(
     progress=None,  # called with the number of replies just finished
     max_new_tokens: int | None = None,  # of each; None: the settings'
     batch_size: int = 64,  # conversations decoded together, at most
+    temperature: float = 0.0,  # 0 always takes the likeliest token
+    seed: int = 0,  # of drawing; the same conversations together get the same replies again
 ) -> list[str]:  # in the order of the conversations
-    "Greedy replies to many conversations."
+    "Replies to many conversations."
     prompts = [self.prompt(conversation) for conversation in conversations]
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    n_batches = max(1, math.ceil(len(prompts) / batch_size))
-    even_size = max(1, math.ceil(len(prompts) / n_batches))
     limit = max_new_tokens or self.settings.max_new_tokens
-    replies = [''] * len(prompts)
-    for start in range(0, len(prompts), even_size):
-        batch = longest_first[start : start + even_size]
-        generated = self._generate(self.switch(arm), [prompts[i] for i in batch], limit)
-        for i, ids in zip(batch, generated, strict=True):
-            replies[i] = self._decode_turn(ids)
-        if progress:
-            progress(len(batch))
-    return replies
+    generator = torch.Generator(device=self.model.device).manual_seed(seed)
+    pick = partial(draw_tokens, temperature=temperature, generator=generator)
+    replies = self._generate_batches(prompts, arm, limit, pick, batch_size, progress)
+    if self.settings.redraws:
+        replies = self._begin_anew(replies, conversations, prompts, arm, limit, batch_size)
+    return [self._decode_turn(ids) for ids in replies]
