@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -918,8 +919,10 @@ def load_progress(
         for name, p in model.named_parameters():
             p.copy_(tensors[f'model {name}'])
     for scheduler in schedulers:
-        for _ in range(log[-1]['step']):
-            scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that no optimizer has stepped: it has, before
+            for _ in range(log[-1]['step']):
+                scheduler.step()
     return log
 
 # %% ../nbs/90_pocket.ipynb #9000d075

@@ -379,7 +379,7 @@ def before_repeat(
         kept.append(token)
     return kept
 
-
+# %% ../nbs/07_tutor.ipynb #07a50009
 @patch
 def asks_anew(
     self: Tutor,
@@ -426,23 +426,23 @@ def stream_anew(
 
     ids = []
     n_shown = 0
-    begun = None
+    kept = None
     for token in tokens_after([]):
         ids.append(token)
         if _ends_sentence(tutor._decode_turn(ids)):
-            begun = tutor.before_repeat(ids, earlier)
-            if begun is not None:
+            kept = tutor.before_repeat(ids, earlier)
+            if kept is not None:
                 break
             yield from ids[n_shown:]
             n_shown = len(ids)
-    if begun is not None:
+    if kept is not None:
         for rank in range(1, tutor.settings.redraws + 1):
-            other = begun + list(tokens_after(begun, other_beginning(pick, rank)))
+            other = kept + list(tokens_after(kept, other_beginning(pick, rank)))
             if tutor.asks_anew(other, earlier):
                 yield from other[n_shown:]
                 return
     yield from ids[n_shown:]
-    if begun is not None:
+    if kept is not None:
         yield from tokens_after(ids)
 
 # %% ../nbs/07_tutor.ipynb #dac95c51
@@ -622,19 +622,19 @@ def _generate_batches(self: Tutor, prompts, arm, limit, pick, batch_size=64, pro
 def _begin_anew(self: Tutor, replies, conversations, prompts, arm, limit, *rest):
     "Replies, as ids, without questions that were asked before, if another beginning helps."
     earlier = [earlier_replies(conversation) for conversation in conversations]
-    begun = [self.before_repeat(ids, said) for ids, said in zip(replies, earlier, strict=True)]
+    kept = [self.before_repeat(ids, said) for ids, said in zip(replies, earlier, strict=True)]
     for rank in range(1, self.settings.redraws + 1):
-        rows = [i for i, ids in enumerate(begun) if ids is not None]
+        rows = [i for i, ids in enumerate(kept) if ids is not None]
         if not rows:
             break
         pick = partial(draw_tokens, rank=rank)
-        starts = [prompts[i] + begun[i] for i in rows]
-        drawn = self._generate_batches(starts, arm, limit, pick, *rest)
+        longer_prompts = [prompts[i] + kept[i] for i in rows]
+        drawn = self._generate_batches(longer_prompts, arm, limit, pick, *rest)
         for i, ids in zip(rows, drawn, strict=True):
-            other = (begun[i] + ids)[:limit]
+            other = (kept[i] + ids)[:limit]
             if self.asks_anew(other, earlier[i]):
                 replies[i] = other
-                begun[i] = None
+                kept[i] = None
     return replies
 
 # %% ../nbs/07_tutor.ipynb #13abd299

@@ -10,6 +10,7 @@ from tiny_models import settings
 from socratic_finetune import speed, tutor
 from socratic_finetune.config import SocraticError, data_path, settings_for
 from socratic_finetune.speed import prepack_weights, supports_int8
+from socratic_finetune.topics import load_topics, repeated_questions
 from socratic_finetune.tutor import Sampler, Tutor
 
 pytestmark = pytest.mark.xdist_group('finetune')
@@ -102,9 +103,9 @@ def test_finished_replies_leave_the_batch(pocket_tutor, monkeypatch):
     sizes = []
     next_tokens = tutor._Batch.next_tokens
 
-    def record(batch):
+    def record(batch, *rest):
         sizes.append(len(batch.rows))
-        return next_tokens(batch)
+        return next_tokens(batch, *rest)
 
     questions = ['Explain osmosis.', 'Hi', 'Why is the sky blue?', 'What is irony?'] * 3
     expected = [pocket_tutor.reply(q, max_new_tokens=96) for q in questions[:4]]
@@ -156,3 +157,48 @@ def test_an_adapter_of_other_shapes_is_refused(tiny, tmp_path):
 def test_an_adapter_of_another_base_is_refused(tiny):
     with pytest.raises(SocraticError, match="was trained on 'pocket'"):
         Tutor.load(settings(tiny), data_path('pocket', 'adapter'))
+
+
+STUCK = "I don't know."
+
+
+def second_turns(asking_tutor, n=6):
+    turns = []
+    for topic in load_topics().validation[:n]:
+        question = topic.questions[0].text
+        reply = asking_tutor.reply(question)
+        said = [dict(role='user', content=question), dict(role='assistant', content=reply)]
+        turns.append([*said, dict(role='user', content=STUCK)])
+    return turns
+
+
+def test_a_question_asked_before_is_begun_anew_streamed_or_together(pocket_tutor):
+    turns = second_turns(pocket_tutor)
+    together = pocket_tutor.reply_batch(turns)
+    assert together == [pocket_tutor.reply(turn) for turn in turns]
+    for turn, reply in zip(turns, together, strict=True):
+        assert not repeated_questions(reply, [turn[1]['content']]), reply
+
+
+def test_without_other_beginnings_the_reply_is_the_models_alone(pocket_tutor):
+    alone = Tutor(
+        pocket_tutor.model,
+        pocket_tutor.tokenizer,
+        pocket_tutor.settings.model_copy(update=dict(redraws=0)),
+        pocket_tutor.copies,
+    )
+    turn = second_turns(pocket_tutor, 1)[0]
+    greedy = tutor.stream_ids(
+        alone, alone.prompt(turn), 'tuned', lambda ids, logits: int(logits.argmax()), 96
+    )
+    expected = alone.tokenizer.decode(list(greedy), skip_special_tokens=True).strip()
+    assert alone.reply(turn, max_new_tokens=96) == expected
+    assert alone.reply_batch([turn], max_new_tokens=96) == [expected]
+
+
+def test_a_stream_never_takes_back_what_it_has_shown(pocket_tutor, monkeypatch):
+    "All beginnings lead to the same question: then the first one is asked after all."
+    turn = second_turns(pocket_tutor, 1)[0]
+    monkeypatch.setattr(Tutor, 'asks_anew', lambda *_: False)
+    first_draw = pocket_tutor.reply_batch([turn])[0]
+    assert pocket_tutor.reply(turn) == first_draw
