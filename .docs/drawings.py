@@ -404,6 +404,22 @@ DRAWINGS = {
         ],
         size=(7.7, 5),
     ),
+    'real_model': Drawing(
+        boxes=dict(
+            base=(1.2, 2.6, 'SmolLM2-135M\nfrom a folder,\nthe Hub or a wheel', 'file'),
+            tutor=(3.5, 2.6, '\n\n\n\nthe tutor\nbase | tuned\n\n\n\n', 'stage'),
+            validation=(6, 0.9, 'validation topics:\nwhich change helps?', 'choice'),
+            heldout=(6, 2.6, 'held-out topics, once:\nwhere it stands', 'good'),
+            everyday=(6, 4.3, 'no card: counted by\nrules, read by eye', 'file'),
+        ),
+        arrows=[
+            'base > tutor: LoRA',
+            'tutor > validation',
+            'tutor > heldout',
+            'tutor > everyday',
+        ],
+        size=(7.5, 5.4),
+    ),
     'stages': Drawing(
         boxes=dict(
             s1=(0.8, 1, '04_generate', 'stage'),
