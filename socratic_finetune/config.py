@@ -81,9 +81,10 @@ class DataSettings(BaseModel):
         0.5, ge=0, le=1, description='share of rows that are lessons of several exchanges'
     )
     max_exchanges: int = Field(6, ge=2, le=8, description='exchanges of a lesson at most')
-    opening: Literal['varied', 'named'] = Field(
+    opening: Literal['varied', 'named', 'fixed'] = Field(
         'varied',
-        description="first words of the built-in teacher: many ways, or the topic's name",
+        description="how the built-in teacher begins: in many ways, with the topic's name, or "
+        'with that and one way for each move',
     )
     rounds: int = Field(
         1,
@@ -280,7 +281,8 @@ PROFILES = {
         judge='builtin',
         device='cpu',
         dtype='float32',
-        opening='named',
+        opening='fixed',
+        max_exchanges=8,
         n_rows=1000,
         max_new_tokens=96,
         lora_dropout=0.0,

@@ -365,7 +365,8 @@ def make_row(
             topic=topic,
             variant=plan['variant'],
             thing=plan.get('thing', ''),
-            named=settings.opening == 'named',
+            named=settings.opening != 'varied',
+            fixed=settings.opening == 'fixed',
             **fields,
         )
         trail = _teach_turn(teacher, turn, constitution, rng, settings)

@@ -83,6 +83,7 @@ class Turn(BaseModel):
     variant: int = 0  # which of several possible footholds to use in the first reply
     thing: str = ''  # what the student asked about, where no card knows it
     named: bool = False  # begin with a plain sentence that names the topic
+    fixed: bool = False  # take the first of several openers: one way to begin for each move
     pressure: str = ''  # how the student presses for the answer: a key of `PRESSURES`
     idea: str = ''  # what the student said that is right
 
@@ -175,6 +176,8 @@ def opener(
     if turn.named and turn.is_first:
         return f'This is about {topic}.'
     candidates = openers_for(turn)
+    if turn.fixed:
+        candidates = candidates[:1]
     if must_name or (turn.is_first and rng.random() < TOPIC_IN_OPENER):
         naming = [text for text in candidates if '{topic}' in text]
         candidates = naming or candidates
