@@ -1033,6 +1033,7 @@ PHASES = (
         decay=0.9,
         seed=2,
     ),
+    dict(name='read once more', passes=2, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=3),
 )
 
 
