@@ -276,7 +276,6 @@ def settings_in(
 PROFILES = {
     'pocket': dict(
         base_model='pocket',
-        chat_format='native',
         teacher='builtin',
         judge='builtin',
         device='cpu',
@@ -295,10 +294,8 @@ PROFILES = {
     ),
     'smollm2': dict(
         base_model='HuggingFaceTB/SmolLM2-135M-Instruct',
-        chat_format='native',
         teacher='builtin',
         judge='builtin',
-        n_rows=1000,
         learning_rate=1e-3,
         num_train_epochs=1,
         lora_dropout=0.0,

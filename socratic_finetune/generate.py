@@ -47,6 +47,7 @@ from socratic_finetune.teacher import (
     Teacher,
     Turn,
     make_teacher,
+    manner,
     phrases,
     teach,
 )
@@ -365,8 +366,7 @@ def make_row(
             topic=topic,
             variant=plan['variant'],
             thing=plan.get('thing', ''),
-            named=settings.opening != 'varied',
-            fixed=settings.opening == 'fixed',
+            **manner(settings.opening),
             **fields,
         )
         trail = _teach_turn(teacher, turn, constitution, rng, settings)

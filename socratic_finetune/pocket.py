@@ -1036,7 +1036,7 @@ PHASES = (
     dict(name='read once more', passes=2, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=3),
 )
 
-
+# %% ../nbs/90_pocket.ipynb #9000d095
 def _load_or_create(folder, documents, is_first_phase):
     "Model and tokenizer from the folder; for the first phase, new ones."
     if not is_first_phase:

@@ -6,13 +6,14 @@
 __all__ = ['MOVES', 'MOVE_FOR_KIND', 'PRESSURES', 'STOP_WORDS', 'FIXED_OPENERS', 'TOPIC_IN_OPENER', 'FIRST_PERSON', 'MAX_IDEA',
            'FOOTHOLDS', 'SCENES', 'UPTAKE', 'LEADS', 'NO_OPENER', 'DRAFTS_OF_MOVE', 'CHECKS', 'VAGUE_QUESTION',
            'DISCOURAGING', 'PRAISE', 'DENIAL', 'GIVING_IN', 'REWRITE', 'ACTS', 'Turn', 'Teacher', 'content_stems',
-           'overlap', 'fixed_opener', 'phrases', 'openers_for', 'opener', 'first_step', 'new_question', 'smaller_steps',
-           'series_step', 'next_step', 'numbered', 'lesson_text', 'compose', 'draft_answer', 'draft_answer_then_ask',
-           'draft_lecture', 'draft_vague', 'draft_cold', 'draft_pile', 'draft_agree', 'draft_flat', 'draft_repeat',
-           'draft_no_scene', 'draft_give_in', 'draft_cling', 'drafts_for', 'check', 'check_asks_first',
-           'check_no_reveal', 'check_concise', 'check_encouraging', 'check_builds_on', 'check_one_step',
-           'check_accurate', 'check_on_topic', 'check_confirms', 'check_asks_anew', 'check_smaller_step', 'check_holds',
-           'check_closes', 'BuiltinTeacher', 'teach', 'Reply', 'Critique', 'OpenAITeacher', 'make_teacher']
+           'overlap', 'fixed_opener', 'manner', 'phrases', 'openers_for', 'opener', 'first_step', 'new_question',
+           'smaller_steps', 'series_step', 'next_step', 'numbered', 'lesson_text', 'compose', 'draft_answer',
+           'draft_answer_then_ask', 'draft_lecture', 'draft_vague', 'draft_cold', 'draft_pile', 'draft_agree',
+           'draft_flat', 'draft_repeat', 'draft_no_scene', 'draft_give_in', 'draft_cling', 'drafts_for', 'check',
+           'check_asks_first', 'check_no_reveal', 'check_concise', 'check_encouraging', 'check_builds_on',
+           'check_one_step', 'check_accurate', 'check_on_topic', 'check_confirms', 'check_asks_anew',
+           'check_smaller_step', 'check_holds', 'check_closes', 'BuiltinTeacher', 'teach', 'Reply', 'Critique',
+           'OpenAITeacher', 'make_teacher']
 
 # %% ../nbs/03_teacher.ipynb #ffd031d1
 import random
@@ -159,6 +160,13 @@ def fixed_opener(
     is_wrong = turn.pressure == 'intentional_wrong_answer'
     text = FIXED_OPENERS['correct' if is_wrong else turn.move]
     return text.format(topic=turn.topic.topic)
+
+
+def manner(
+    opening: str,  # the setting: `varied`, `named` or `fixed`
+) -> dict:  # fields of a `Turn`
+    "How a turn's reply begins."
+    return dict(named=opening != 'varied', fixed=opening == 'fixed')
 
 # %% ../nbs/03_teacher.ipynb #a3c00006
 @cache
