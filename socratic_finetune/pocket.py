@@ -1104,7 +1104,8 @@ def build_reference(
     "Make the bundled dataset and the reference adapter, with the pocket base in `data`."
     data = Path(data)
     settings = settings_for('pocket')
-    bundled_settings = settings_for('pocket', n_rows=N_BUNDLED_ROWS, opening='varied')
+    varied = dict(n_rows=N_BUNDLED_ROWS, opening='varied', lesson_share=0.5, max_exchanges=6)
+    bundled_settings = settings_for('pocket', **varied)
     with tempfile.TemporaryDirectory() as folder:
         bundled_rows = generate(Run.open(f'{folder}/bundled', bundled_settings))
         pocket_rows = generate(Run.open(f'{folder}/pocket', settings))
