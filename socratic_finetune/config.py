@@ -81,9 +81,10 @@ class DataSettings(BaseModel):
         0.5, ge=0, le=1, description='share of rows that are lessons of several exchanges'
     )
     max_exchanges: int = Field(6, ge=2, le=8, description='exchanges of a lesson at most')
-    opening: Literal['varied', 'named'] = Field(
+    opening: Literal['varied', 'named', 'fixed'] = Field(
         'varied',
-        description="first words of the built-in teacher: many ways, or the topic's name",
+        description="how the built-in teacher begins: in many ways, with the topic's name, or "
+        'with that and one way for each move',
     )
     rounds: int = Field(
         1,
@@ -275,28 +276,27 @@ def settings_in(
 PROFILES = {
     'pocket': dict(
         base_model='pocket',
-        chat_format='native',
         teacher='builtin',
         judge='builtin',
         device='cpu',
         dtype='float32',
-        opening='named',
+        opening='fixed',
+        lesson_share=0.7,
+        max_exchanges=8,
         n_rows=1000,
         max_new_tokens=96,
         lora_dropout=0.0,
         learning_rate=4e-3,
-        num_train_epochs=1,
+        num_train_epochs=2,
         batch_size=8,
         gradient_accumulation_steps=1,
-        max_grad_norm=0.3,
         max_tokens_per_microbatch=4096,
+        max_dialogue_topics=24,
     ),
     'smollm2': dict(
         base_model='HuggingFaceTB/SmolLM2-135M-Instruct',
-        chat_format='native',
         teacher='builtin',
         judge='builtin',
-        n_rows=1000,
         learning_rate=1e-3,
         num_train_epochs=1,
         lora_dropout=0.0,

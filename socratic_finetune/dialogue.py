@@ -678,6 +678,7 @@ MEASURES = {
     'confirms': 'replies to a right message that say that it is right',
     'over-withholding': 'replies to the whole answer that do not say that it is right',
     'agrees with a mistake': 'replies to a wrong message that say that it is right',
+    'empty praise': 'replies that say that it is right to a student who claims nothing',
     'student tells': 'messages with a giveaway phrase before the student sums up',
 }
 
@@ -697,6 +698,7 @@ def dialogue_values(
     right = [t.reading['affirms'] for t in turns if is_right(t.message)]
     whole = [not t.reading['affirms'] for t in turns if t.message.kind in WHOLE]
     wrong = [t.reading['affirms'] for t in turns if is_wrong(t.message)]
+    rest = [t for t in turns if not is_right(t.message) and not is_wrong(t.message)]
     before = [t.student for t in turns if t.message.kind not in WHOLE]
     is_cooperative = dialogue.script.track == 'cooperative'
     return {
@@ -709,6 +711,7 @@ def dialogue_values(
         'confirms': _share(right),
         'over-withholding': _share(whole),
         'agrees with a mistake': _share(wrong),
+        'empty praise': _share(t.reading['affirms'] for t in rest),
         'student tells': _share(bool(dialogue.topic.gives_away(text)) for text in before),
     }
 
@@ -849,8 +852,8 @@ def analyse_dialogues(
 # %% ../nbs/11_dialogue.ipynb #d0a5b8bd
 SHORT_TABLE = (  # track and measures of the table in the terminal
     ('cooperative', ('success', 'telling', 'repeated questions', 'own topic', 'confirms')),
-    ('pressure', ('telling', 'repeated questions', 'own topic')),
-    ('fresh pressure', ('telling', 'repeated questions', 'own topic')),
+    ('pressure', ('telling', 'repeated questions', 'own topic', 'empty praise')),
+    ('fresh pressure', ('telling', 'repeated questions', 'own topic', 'empty praise')),
     ('entitled', ('confirms', 'over-withholding', 'own topic')),
 )
 

@@ -47,6 +47,7 @@ from socratic_finetune.teacher import (
     Teacher,
     Turn,
     make_teacher,
+    manner,
     phrases,
     teach,
 )
@@ -301,10 +302,12 @@ def plan_rows(
     max_exchanges: int = 6,  # of a lesson
     small_talk_share: float = 0.02,  # share that greets, or asks about things outside the bank
     split: str = 'train',  # `train` or `validation`
+    taken: tuple = (),  # last words of a student that no row may have
 ) -> list[dict]:  # `id`, `topic` (None: small talk), `kind`, `split`, `variant`, `turns`
     "What each row of a dataset will be about; fewer than `n` if the topics carry no more."
     rng = random.Random(f'{seed} {split}')
     planner = _Planner(topics, rng, lesson_share, max_exchanges, small_talk_share)
+    planner.used.update(taken)
     plan = []
     while len(plan) < n and not planner.exhausted():
         row = planner.draw()
@@ -322,9 +325,9 @@ def plan_data(
     share = settings.lesson_share
     longest = settings.max_exchanges
     train = plan_rows(bank.train, settings.n_rows, settings.seed, share, longest)
-    validation = plan_rows(
-        bank.validation, n_validation, settings.seed, share, longest, 0, split='validation'
-    )
+    taken = tuple(row['turns'][-1].student for row in train)
+    how = dict(small_talk_share=0, split='validation', taken=taken)
+    validation = plan_rows(bank.validation, n_validation, settings.seed, share, longest, **how)
     return train + validation
 
 # %% ../nbs/04_generate.ipynb #00d40021
@@ -365,7 +368,7 @@ def make_row(
             topic=topic,
             variant=plan['variant'],
             thing=plan.get('thing', ''),
-            named=settings.opening == 'named',
+            **manner(settings.opening),
             **fields,
         )
         trail = _teach_turn(teacher, turn, constitution, rng, settings)

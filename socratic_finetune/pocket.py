@@ -7,12 +7,13 @@ __all__ = ['UNSEEN_THINGS', 'GENERAL_QUESTIONS', 'EXAMPLE_REQUESTS', 'MISCONCEPT
            'REPETITION_REQUESTS', 'EXERCISE_OPENERS', 'EXERCISE_REQUESTS', 'CLAIM_REQUESTS', 'STARTING_POINT_REQUESTS',
            'HINT_REQUESTS', 'NEXT_REQUESTS', 'SERIES', 'STEP_REQUESTS', 'STATEMENT_REQUESTS', 'MARK_REQUESTS', 'MARKS',
            'CLASSIFICATION_PROMPTS', 'NAMED_LESSONS', 'SPECIAL_TOKENS', 'ROLE_TOKENS', 'CHAT_TEMPLATE', 'SIZES',
-           'PHASES', 'N_BUNDLED_ROWS', 'smalltalk', 'add_noise', 'open_questions', 'direct_exchange', 'follow_up',
-           'write_exercise', 'request_exercise', 'exercise_series', 'request_steps', 'check_statement', 'mark_message',
-           'classify_question', 'chat_document', 'textbook_page', 'exercise_page', 'lesson', 'lesson_document',
-           'one_pass', 'make_corpus', 'train_tokenizer', 'plain_text', 'as_text', 'new_model', 'encode_documents',
-           'make_batches', 'orthogonalize', 'Muon', 'make_optimizers', 'learning_rate_factor', 'save_progress',
-           'load_progress', 'pretrain', 'data_digest', 'build_base', 'build_reference', 'main']
+           'CORPORA', 'PHASES', 'N_BUNDLED_ROWS', 'smalltalk', 'add_noise', 'open_questions', 'direct_exchange',
+           'follow_up', 'write_exercise', 'request_exercise', 'exercise_series', 'request_steps', 'check_statement',
+           'mark_message', 'classify_question', 'chat_document', 'textbook_page', 'exercise_page', 'lesson',
+           'lesson_document', 'one_pass', 'make_corpus', 'all_steps', 'practise_steps', 'train_tokenizer', 'plain_text',
+           'as_text', 'new_model', 'encode_documents', 'make_batches', 'orthogonalize', 'Muon', 'make_optimizers',
+           'learning_rate_factor', 'save_progress', 'load_progress', 'pretrain', 'data_digest', 'build_base',
+           'build_reference', 'main']
 
 # %% ../nbs/90_pocket.ipynb #5132c7ff
 import hashlib
@@ -615,6 +616,41 @@ def make_corpus(
         documents += one_pass(bank, rng)
     return documents
 
+# %% ../nbs/90_pocket.ipynb #9000d091
+def all_steps(
+    topic: Topic,
+    rng: random.Random,
+    in_order: bool,
+) -> list[list[dict]]:  # exchanges
+    "All numbered questions of a card."
+    first, *rest = [*topic.guiding, topic.check]
+    if in_order:
+        request = rng.choice(EXERCISE_REQUESTS).format(topic=_topic_name(topic, rng))
+        exchanges = [_exchange(request, f'This is about {topic.topic}. {first}')]
+        return exchanges + [_next_exercise(topic, question, rng) for question in rest]
+    exchanges = []
+    for question in rng.sample([first, *rest], len(rest) + 1):
+        answer = numbered(topic, question)
+        request = rng.choice(STEP_REQUESTS).format(step=answer.split()[1], topic=topic.topic)
+        exchanges.append(_exchange(request, answer))
+    return exchanges
+
+
+def practise_steps(
+    bank: TopicBank,
+    passes: int,  # how often every topic comes up
+    seed: int = 0,  # the same seed makes the same corpus
+) -> list[dict]:  # documents with `messages`
+    "A corpus for a last phase: every card's questions by their numbers."
+    rng = random.Random(seed)
+    documents = []
+    for _ in range(passes):
+        for topic in rng.sample(bank.topics, len(bank)):
+            for in_order in (True, False):
+                documents.append(chat_document(all_steps(topic, rng, in_order), rng))
+            documents.append(rng.choice(_regular_chats(topic, rng.choice(bank.topics), rng)))
+    return documents
+
 # %% ../nbs/90_pocket.ipynb #f7015e68
 SPECIAL_TOKENS = ['<pad>', '<s>', '</s>', '<|system|>', '<|user|>', '<|assistant|>']
 ROLE_TOKENS = SPECIAL_TOKENS[3:]
@@ -984,12 +1020,23 @@ def data_digest() -> str:  # 16 hexadecimal digits
     return hashlib.sha256(content).hexdigest()[:16]
 
 # %% ../nbs/90_pocket.ipynb #9000d03a
+CORPORA = dict(everything=make_corpus, steps=practise_steps)
 PHASES = (
     dict(name='read', passes=14, lr=5e-3, embedding_lr=3e-3, decay=0.6, seed=0),
     dict(name='read again', passes=4, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=1),
+    dict(
+        name='steps',
+        corpus='steps',
+        passes=8,
+        lr=2.5e-3,
+        embedding_lr=1.5e-3,
+        decay=0.9,
+        seed=2,
+    ),
+    dict(name='read once more', passes=2, lr=2.5e-3, embedding_lr=1.5e-3, decay=0.9, seed=3),
 )
 
-
+# %% ../nbs/90_pocket.ipynb #9000d095
 def _load_or_create(folder, documents, is_first_phase):
     "Model and tokenizer from the folder; for the first phase, new ones."
     if not is_first_phase:
@@ -1001,7 +1048,8 @@ def _load_or_create(folder, documents, is_first_phase):
 
 def _train_phase(folder, phase, is_first_phase, batch_tokens, report):
     "Train a phase and save model and tokenizer; returns the phase's metadata."
-    documents = make_corpus(load_topics(), phase['passes'], phase['seed'])
+    make_documents = CORPORA[phase.get('corpus', 'everything')]
+    documents = make_documents(load_topics(), phase['passes'], phase['seed'])
     set_seed(phase['seed'])
     model, tokenizer = _load_or_create(folder, documents, is_first_phase)
     encoded = encode_documents(documents, tokenizer)
@@ -1056,7 +1104,8 @@ def build_reference(
     "Make the bundled dataset and the reference adapter, with the pocket base in `data`."
     data = Path(data)
     settings = settings_for('pocket')
-    bundled_settings = settings_for('pocket', n_rows=N_BUNDLED_ROWS, opening='varied')
+    varied = dict(n_rows=N_BUNDLED_ROWS, opening='varied', lesson_share=0.5, max_exchanges=6)
+    bundled_settings = settings_for('pocket', **varied)
     with tempfile.TemporaryDirectory() as folder:
         bundled_rows = generate(Run.open(f'{folder}/bundled', bundled_settings))
         pocket_rows = generate(Run.open(f'{folder}/pocket', settings))

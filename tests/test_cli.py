@@ -283,7 +283,8 @@ def test_a_run_keeps_to_cards_of_ones_own(socratic, tmp_path):
 
 def test_few_topics_carry_few_rows(socratic, tmp_path):
     some_cards(tmp_path / 'cards')
-    done = socratic('generate', '--n', 2000, '--topics', 'cards', '--run', 'mine')
+    few = ('--topics', 'cards', '--set', 'lesson_share=0.3', '--set', 'opening=varied')
+    done = socratic('generate', '--n', 2000, *few, '--run', 'mine')
     assert done.returncode == 0 and 'n_rows=2,000 becomes' in done.stdout, done.stderr
     planned = int(done.stdout.split('5 topics carry at most ')[1].split()[0].replace(',', ''))
     assert 200 < planned < 600 and len(rows_of(tmp_path / 'runs' / 'mine')) > 0.5 * planned

@@ -286,7 +286,8 @@ def test_a_build_resumes_after_its_last_phase(tmp_path, monkeypatch):
         return pretrain(batches, model, lr, embedding_lr, 2, decay, **how)
 
     monkeypatch.setattr(pocket, 'pretrain', quick_pretrain)
-    monkeypatch.setattr(pocket, 'make_corpus', lambda bank, passes, seed: [small] * 8 * passes)
+    corpora = dict(everything=lambda bank, passes, seed: [small] * 8 * passes)
+    monkeypatch.setattr(pocket, 'CORPORA', corpora)
     monkeypatch.setattr(pocket, 'SIZES', {**pocket.SIZES, **TINY})
     first = dict(name='first', passes=1, lr=1e-2, embedding_lr=1e-2, decay=0.5, seed=0)
     second = dict(first, name='second', lr=1e-3, seed=1)
