@@ -85,6 +85,12 @@ class PlannedTurn(NamedTuple):
     pressure: str = ''  # how the student presses: a key of `PRESSURES`
     idea: str = ''  # what the student says that is right
 
+    def turn(self, messages: list[dict], **fields) -> Turn:
+        "What the teacher replies to: `messages` end with the student's words."
+        planned = self._asdict()
+        del planned['student']
+        return Turn(messages=messages, **planned, **fields)
+
 
 def right_ideas(
     topic: Topic,
@@ -361,15 +367,13 @@ def make_row(
     topic = bank[plan['topic']] if plan['topic'] else None
     messages = [dict(role='system', content=settings.system_prompt)]
     for planned in plan['turns']:
-        fields = planned._asdict()
-        messages.append(dict(role='user', content=fields.pop('student')))
-        turn = Turn(
-            messages=messages,
+        messages.append(dict(role='user', content=planned.student))
+        turn = planned.turn(
+            messages,
             topic=topic,
             variant=plan['variant'],
             thing=plan.get('thing', ''),
             **manner(settings.opening),
-            **fields,
         )
         trail = _teach_turn(teacher, turn, constitution, rng, settings)
         messages.append(dict(role='assistant', content=trail.reply))
@@ -495,9 +499,8 @@ def forecast(
         messages = []
         topic = bank[row['topic']] if row['topic'] else None
         for planned in row['turns']:
-            fields = planned._asdict()
-            messages.append(dict(role='user', content=fields.pop('student')))
-            turn = Turn(messages=messages, topic=topic, **fields)
+            messages.append(dict(role='user', content=planned.student))
+            turn = planned.turn(messages, topic=topic)
             estimates += _requests_for_turn(teacher, turn, settings)
             messages.append(dict(role='assistant', content=TYPICAL_REPLY))
     scale = len(plan) / max(1, len(rows))
@@ -795,8 +798,7 @@ def _reply_figures(replies):
 def _told(topic, messages):
     "Giveaway phrases of the last reply that the student has not said."
     said = ' '.join(m['content'] for m in messages if m['role'] == 'user')
-    known = topic.gives_away(said)
-    return [phrase for phrase in topic.gives_away(messages[-1]['content']) if phrase not in known]
+    return topic.gives_away(messages[-1]['content'], said)
 
 
 def _asks_twice(messages):

@@ -94,19 +94,23 @@ class Turn(BaseModel):
         return self.messages[-1]['content']
 
     @property
+    def replies(self) -> list[str]:
+        "What the tutor has said in this lesson."
+        return [m['content'] for m in self.messages if m['role'] == 'assistant']
+
+    @property
     def asked(self) -> list[str]:
         "The questions that the tutor has asked in this lesson."
-        replies = [m['content'] for m in self.messages if m['role'] == 'assistant']
-        return [question for reply in replies for question in questions_in(reply)]
+        return [question for reply in self.replies for question in questions_in(reply)]
 
     def has_had(self, text: str) -> bool:
         "Whether the tutor has said a sentence of the card in this lesson."
-        return any(text in m['content'] for m in self.messages if m['role'] == 'assistant')
+        return any(text in reply for reply in self.replies)
 
     @property
     def is_first(self) -> bool:
         "Whether the tutor has not said anything yet."
-        return all(message['role'] != 'assistant' for message in self.messages)
+        return not self.replies
 
 # %% ../nbs/03_teacher.ipynb #a3c00070
 class Teacher(Protocol):
@@ -481,8 +485,7 @@ def check_asks_first(turn: Turn, reply: str) -> str | None:
 def check_no_reveal(turn: Turn, reply: str) -> str | None:
     "Of the answer, the reply holds no phrase and not the most but what the student has said."
     said = ' '.join(m['content'] for m in turn.messages if m['role'] == 'user')
-    told = [p for p in turn.topic.gives_away(reply) if not contains_phrase(said, p)]
-    if told:
+    if told := turn.topic.gives_away(reply, said):
         return f'tells the answer: "{told[0]}"'
     if overlap(turn.topic.answer, reply) >= 0.7 > overlap(turn.topic.answer, said):
         return 'repeats most of the answer'

@@ -196,9 +196,11 @@ class Topic(CheckedCard):
     def gives_away(
         self,
         text: str,
+        said: str = '',  # by the student: what it holds is no longer given away
     ) -> list[str]:
         "The giveaway phrases that occur in a text."
-        return [phrase for phrase in self.giveaway if contains_phrase(text, phrase)]
+        told = [phrase for phrase in self.giveaway if contains_phrase(text, phrase)]
+        return [phrase for phrase in told if not contains_phrase(said, phrase)]
 
     def direct_answer(
         self,

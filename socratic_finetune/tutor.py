@@ -355,9 +355,8 @@ def text_pieces(
 # %% ../nbs/07_tutor.ipynb #07a50002
 @patch
 def _decode_turn(self: Tutor, ids):
-    "Text of generated ids, up to the end of the turn."
-    turn = list(takewhile(lambda token: token not in self.end_ids, ids))
-    return self.tokenizer.decode(turn, skip_special_tokens=True).strip()
+    "The text of a reply's ids, which stop before the end of the turn."
+    return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @patch
@@ -607,12 +606,13 @@ def _generate_batches(self: Tutor, prompts, arm, limit, pick, batch_size=64, pro
     n_batches = max(1, math.ceil(len(prompts) / batch_size))
     even_size = max(1, math.ceil(len(prompts) / n_batches))
     replies = [[] for _ in prompts]
+    end_ids = self.end_ids
     for start in range(0, len(prompts), even_size):
         batch = longest_first[start : start + even_size]
         model = self.switch(arm)
         generated = self._generate(model, [prompts[i] for i in batch], limit, pick)
         for i, ids in zip(batch, generated, strict=True):
-            replies[i] = list(takewhile(lambda token: token not in self.end_ids, ids))
+            replies[i] = list(takewhile(lambda token: token not in end_ids, ids))
         if progress:
             progress(len(batch))
     return replies
